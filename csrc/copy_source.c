@@ -1,0 +1,705 @@
+/* copy_source.c - the sending end of a copy session. The protocol is told in wire.h.
+ *
+ * Units are planned in order, filled by the workers in any order, and sent in order. The ring below holds every unit from
+ * the oldest unsettled one on, so its size is the credit: never more than MP_UNITS are on the way.
+ *
+ * What a WANT asks for goes out before new units are begun. So when the target falls behind, the scan waits for it and not
+ * the other way round, and the second read of a block finds it in the page cache.
+ *
+ * When nearly all of the last windows differed, asking is a waste: data goes out unasked (BULK) for a while, then one window
+ * of digests probes whether that still holds. The target compares before it writes either way.
+ */
+#define _GNU_SOURCE
+#include "session.h"
+
+#include "disk.h"
+
+#define SLOTS 12u               /* DATA frames being filled or sent: 12 x 1.05 MiB */
+#define BULK_OPEN 8u            /* BULK units read and not yet sent */
+#define BULK_SPREE 64u          /* BULK units between two probes */
+#define QUEUE_MAX (4u << 20)    /* bytes in the socket queue above which no unit is begun */
+#define WANTS_MAX (16u << 20)   /* bytes of WANT frames held; a legal peer stays far below */
+
+typedef enum unit_kind { DIGESTS, ZEROS, BULK } unit_kind;
+
+typedef struct unit {
+    mp_job job;
+    mp_outgoing out;
+    struct source *owner;
+    unit_kind kind;
+    uint32_t id;
+    mp_unit_shape shape; /* ZEROS: up to MP_ZERO_RUN long */
+    bool ready, settled, recheck, sent, probe;
+    uint32_t asked, answered; /* blocks wanted of it; blocks answered */
+    uint32_t present;         /* blocks whose digest was sent */
+    uint64_t zero[MP_BIT_WORDS];
+    uint8_t *meta;            /* MP_DIGESTS_META_MAX */
+    mp_reader reader;         /* BULK: the data stays here until it is sent */
+    const uint8_t *data;
+    uint8_t *compact;         /* BULK with zero blocks inside: the others, put together */
+    uint64_t *differ;         /* pieces, when ranges are wanted: MP_ZERO_RUN / MP_PIECE bits */
+    mp_status status;
+    mp_fault fault;
+} unit;
+
+typedef struct want_frame { /* one WANT, worked off a slot at a time */
+    struct want_frame *next;
+    mp_frame frame;
+    uint32_t at;
+    uint8_t meta[];
+} want_frame;
+
+typedef struct slot { /* one DATA or MARKS frame */
+    mp_job job;
+    mp_outgoing out;
+    struct source *owner;
+    bool busy;
+    want_frame *want;
+    uint32_t next_at; /* where this slot stopped reading `want` */
+    uint32_t entries, answered;
+    uint64_t data_length;
+    uint8_t *meta, *data;
+    mp_status status;
+    mp_fault fault;
+} slot;
+
+typedef struct source {
+    mp_copy *copy;
+    mp_session session;
+    unit units[MP_UNITS];
+    uint32_t next, oldest, next_sent; /* unit numbers */
+    uint32_t allowed;                 /* open units: grows by one per settled one, so the first answers steer early */
+    uint64_t cursor, extent_end;      /* planning; data is known to reach up to extent_end */
+    bool planned_all, recheck, sync_sent;
+    bool bulk, probing; /* sending unasked; one window of digests is out to see whether that still pays */
+    unsigned bulk_open, bulk_run;
+    uint32_t recent_present, recent_wanted; /* blocks of the last settled windows, halved now and then */
+    slot slots[SLOTS];
+    want_frame *wants, **wants_last;
+    uint64_t wants_bytes;
+    want_frame *receiving;
+    uint64_t paused_until_ns;
+    mp_outgoing sync;
+    uint8_t sync_meta[8], small[MP_SETTLED_META];
+} source;
+
+static unit *unit_of(source *s, uint32_t id) { return &s->units[id % MP_UNITS]; }
+
+/* --- in the workers ------------------------------------------------------------------------------------------------- */
+
+static mp_status digest_window(mp_worker *worker, void *argument)
+{
+    unit *u = argument;
+    mp_copy *copy = worker->copy;
+    mp_digests unit = {.shape = u->shape, .flags = u->recheck ? MP_UNIT_RECHECK : 0};
+    uint32_t blocks = mp_shape_blocks(&u->shape);
+    uint64_t end = u->shape.offset + u->shape.length;
+    uint8_t *digests = u->meta + 8 + 16 * mp_bit_words(blocks), *at = digests;
+    u->present = 0;
+    for (uint32_t i = 0; i < blocks; i++) {
+        uint64_t offset = u->shape.offset + (uint64_t)i * u->shape.block, length = mp_shape_block_length(&u->shape, i);
+        if (u->recheck && !mp_copy_touched(copy, offset, length))
+            continue;
+        mp_bit_set(unit.present, i);
+        u->present++;
+        bool hole;
+        const uint8_t *data;
+        mp_status status = mp_reader_is_hole(&worker->source, offset, length, &hole, &u->fault);
+        if (status)
+            return status;
+        if (!hole && (status = mp_reader_get(&worker->source, offset, length, end - offset, &data, &u->fault)))
+            return status;
+        if (hole || mp_is_zero(data, length)) {
+            mp_bit_set(unit.zero, i);
+            continue;
+        }
+        mp_digest_store(at, mp_digest128(data, length, copy->seed));
+        at += 16;
+    }
+    memcpy(u->zero, unit.zero, sizeof u->zero);
+    MP_ASSERT(mp_digests_encode(u->meta, &unit) == digests);
+    u->out.frame.meta = u->out.frame.length = (uint32_t)(at - u->meta);
+    u->out.meta = u->meta;
+    return MP_OK;
+}
+
+static void run_digests(mp_job *job, void *argument)
+{
+    unit *u = (unit *)job;
+    mp_worker *worker = argument;
+    mp_reader_begin(&worker->source, &worker->copy->source, u->shape.offset, u->shape.length);
+    u->status = mp_worker_guarded(worker, digest_window, u, &u->fault);
+    mp_reader_end(&worker->source);
+    if (u->status == MP_OK)
+        mp_outgoing_seal(&u->out, u->owner->session.chan->session);
+}
+
+static mp_status read_bulk(mp_worker *worker, void *argument)
+{
+    (void)worker;
+    unit *u = argument;
+    mp_status status = mp_reader_get(&u->reader, u->shape.offset, u->shape.length, u->shape.length, &u->data, &u->fault);
+    if (status)
+        return status;
+    mp_bulk bulk = {.shape = u->shape};
+    uint32_t blocks = mp_shape_blocks(&u->shape);
+    uint64_t data_length = u->shape.length;
+    bool zeros = false;
+    for (uint32_t i = 0; i < blocks; i++)
+        if (mp_is_zero(u->data + (uint64_t)i * u->shape.block, mp_shape_block_length(&u->shape, i))) {
+            mp_bit_set(bulk.zero, i);
+            zeros = true;
+        }
+    if (zeros) {
+        if (!u->compact && !(u->compact = malloc(MP_BULK))) {
+            u->fault = (mp_fault){.status = MP_INTERNAL, .text = "out of memory"};
+            return MP_INTERNAL;
+        }
+        data_length = 0;
+        for (uint32_t i = 0; i < blocks; i++) {
+            uint64_t length = mp_shape_block_length(&u->shape, i);
+            if (mp_bit(bulk.zero, i))
+                continue;
+            memcpy(u->compact + data_length, u->data + (uint64_t)i * u->shape.block, length);
+            data_length += length;
+        }
+        u->data = u->compact;
+    }
+    memcpy(u->zero, bulk.zero, sizeof u->zero);
+    u->out.meta = u->meta;
+    u->out.data = u->data;
+    u->out.frame.meta = mp_bulk_encode(u->meta, &bulk);
+    u->out.frame.length = u->out.frame.meta + (uint32_t)data_length;
+    mp_outgoing_seal(&u->out, u->owner->session.chan->session); /* reads the data: inside the guard */
+    return MP_OK;
+}
+
+static void run_bulk(mp_job *job, void *argument)
+{
+    unit *u = (unit *)job;
+    mp_worker *worker = argument;
+    mp_reader_begin(&u->reader, &worker->copy->source, u->shape.offset, u->shape.length);
+    u->status = mp_worker_guarded(worker, read_bulk, u, &u->fault);
+    if (u->status == MP_SHRANK && !u->fault.side)
+        u->fault.side = MP_SIDE_SOURCE, u->fault.offset = u->shape.offset;
+}
+
+/* One wanted block: decides its pieces and puts their data into the slot. */
+static mp_status answer(mp_worker *worker, slot *t, const unit *u, const mp_want *want)
+{
+    mp_copy *copy = worker->copy;
+    uint64_t offset = u->shape.offset + (uint64_t)want->block * u->shape.block, length = mp_shape_block_length(&u->shape, want->block);
+    uint32_t pieces = mp_pieces_of(length);
+    const uint8_t *data;
+    mp_status status = mp_reader_get(&worker->source, offset, length, length, &data, &t->fault);
+    if (status)
+        return status;
+    mp_data_entry entry = {.block = want->block};
+    uint64_t nonzero = mp_pieces_nonzero(data, length), all = mp_piece_mask(pieces);
+    if (want->kind == MP_WANT_REFINE) {
+        for (uint32_t i = 0; i < pieces; i++) {
+            uint64_t piece = mp_piece_length(length, i);
+            if (mp_load32(want->tags + 4 * i) != mp_piece_tag(data + i * MP_PIECE, piece, copy->seed))
+                entry.pieces |= 1ull << i;
+        }
+        entry.zeros = entry.pieces & ~nonzero;
+        entry.pieces &= nonzero;
+        /* All tags equal, yet the block differs: a tag collided or the source changed since. The target's check of the
+         * whole block finds out and asks again; a dry run counts the whole block. */
+        if (!copy->write && !(entry.pieces | entry.zeros))
+            entry.pieces = nonzero, entry.zeros = all & ~nonzero;
+    } else {
+        entry.flags = MP_DATA_WHOLE | (want->kind == MP_WANT_RETRY ? MP_DATA_RETRY : 0);
+        entry.pieces = nonzero;
+        entry.zeros = all & ~nonzero;
+        if (want->kind == MP_WANT_EMPTY && !copy->write)
+            entry.flags = 0, entry.zeros = 0;
+    }
+    mp_data_entry_encode(t->meta + (size_t)t->entries++ * MP_DATA_ENTRY, &entry);
+    if (copy->write) {
+        for (uint64_t left = entry.pieces; left; left &= left - 1) {
+            uint32_t i = (uint32_t)__builtin_ctzll(left);
+            uint64_t piece = mp_piece_length(length, i);
+            memcpy(t->data + t->data_length, data + i * MP_PIECE, piece);
+            t->data_length += piece;
+        }
+    }
+    t->answered++;
+    return MP_OK;
+}
+
+static mp_status fill_slot(mp_worker *worker, void *argument)
+{
+    slot *t = argument;
+    want_frame *w = t->want;
+    const unit *u = unit_of(t->owner, w->frame.count);
+    uint32_t at = w->at;
+    while (at < w->frame.meta) {
+        mp_want want;
+        uint32_t before = at;
+        MP_ASSERT(mp_want_next(&u->shape, w->meta, w->frame.meta, &at, &want)); /* checked when it came in */
+        if (want.kind == MP_WANT_ZERO)
+            continue;
+        if (t->data_length + u->shape.block > MP_BULK || (t->entries + 1) * MP_DATA_ENTRY > MP_DATA_META_MAX) {
+            at = before;
+            break;
+        }
+        mp_status status = answer(worker, t, u, &want);
+        if (status)
+            return status;
+    }
+    t->next_at = at;
+    return MP_OK;
+}
+
+static void run_slot(mp_job *job, void *argument)
+{
+    slot *t = (slot *)job;
+    mp_worker *worker = argument;
+    const unit *u = unit_of(t->owner, t->want->frame.count);
+    mp_reader_begin(&worker->source, &worker->copy->source, u->shape.offset, u->shape.length);
+    t->status = mp_worker_guarded(worker, fill_slot, t, &t->fault);
+    mp_reader_end(&worker->source);
+    if (t->status)
+        return;
+    t->out.frame = (mp_frame){.type = t->owner->copy->write ? MP_FRAME_DATA : MP_FRAME_MARKS, .count = u->id, .offset = u->shape.offset,
+                              .meta = t->entries * MP_DATA_ENTRY, .length = t->entries * MP_DATA_ENTRY + (uint32_t)t->data_length};
+    t->out.meta = t->meta;
+    t->out.data = t->data;
+    mp_outgoing_seal(&t->out, t->owner->session.chan->session);
+}
+
+/* --- in the loop ---------------------------------------------------------------------------------------------------- */
+
+static void unit_sent(mp_outgoing *out)
+{
+    unit *u = (unit *)((char *)out - offsetof(unit, out));
+    u->sent = true;
+    if (u->kind == BULK) {
+        mp_reader_end(&u->reader);
+        u->owner->bulk_open--;
+    }
+}
+
+static void send_ready(source *s)
+{
+    while (s->next_sent != s->next && unit_of(s, s->next_sent)->ready) {
+        unit *u = unit_of(s, s->next_sent++);
+        mp_session_send(&s->session, &u->out);
+        if (u->kind == BULK)
+            atomic_fetch_add(&s->copy->shared->progress.sent, u->out.frame.length - u->out.frame.meta);
+    }
+}
+
+static void slot_sent(mp_outgoing *out)
+{
+    slot *t = (slot *)((char *)out - offsetof(slot, out));
+    t->busy = false;
+}
+
+static bool mostly_differs(const source *s)
+{
+    return s->copy->write && !s->recheck && s->recent_present >= 64 && s->recent_wanted >= s->recent_present - s->recent_present / 8;
+}
+
+/* Plans one unit and hands it to the workers. False: nothing is left, or nothing may be begun now. */
+static bool plan(source *s)
+{
+    mp_copy *copy = s->copy;
+    if (s->planned_all || s->next - s->oldest >= s->allowed)
+        return false;
+    uint64_t offset = s->cursor, length;
+    unit_kind kind = DIGESTS;
+    bool probe = false;
+    if (s->recheck) {
+        uint64_t first, last;
+        if (!mp_bitmap_next(&copy->touched, mp_ceil_div(offset, MP_TOUCHED), &first, &last)) {
+            s->planned_all = true;
+            return false;
+        }
+        offset = mp_max(offset, first * MP_TOUCHED);
+        length = mp_min(MP_WINDOW, copy->size - offset);
+    } else {
+        if (offset >= copy->size) {
+            s->planned_all = true;
+            return false;
+        }
+        uint64_t data = offset;
+        if (offset >= s->extent_end) {
+            int error = mp_disk_next_data(copy->source_fd, offset, copy->size, &data);
+            if (!error)
+                error = mp_disk_next_hole(copy->source_fd, data, copy->size, &s->extent_end);
+            if (error) {
+                mp_fault fault;
+                mp_fault_io(&fault, error, MP_SIDE_SOURCE, offset, "find holes");
+                mp_session_fail(&s->session, &fault);
+                return false;
+            }
+        }
+        uint64_t begin = data >= copy->size ? copy->size : mp_max(offset, mp_down(data, MP_WINDOW));
+        if (begin > offset) {
+            kind = ZEROS;
+            length = mp_min(begin - offset, MP_ZERO_RUN);
+            s->extent_end = 0; /* look again behind it */
+        } else if (s->bulk && offset % MP_BULK == 0 && !(probe = offset % MP_WINDOW == 0 && s->bulk_run >= BULK_SPREE && !s->probing)) {
+            kind = BULK;
+            length = mp_min(MP_BULK, copy->size - offset);
+        } else {
+            length = mp_min(mp_down(offset, MP_WINDOW) + MP_WINDOW, copy->size) - offset;
+        }
+    }
+    if (kind == BULK && s->bulk_open >= BULK_OPEN)
+        return false;
+    uint32_t id = s->next++;
+    unit *u = unit_of(s, id);
+    u->owner = s;
+    u->id = id;
+    u->kind = kind;
+    u->shape = (mp_unit_shape){offset, length, copy->block};
+    u->recheck = s->recheck;
+    u->ready = u->settled = u->sent = false;
+    u->probe = probe;
+    if (probe)
+        s->probing = true, s->bulk_run = 0;
+    u->asked = u->answered = u->present = 0;
+    u->status = MP_OK;
+    memset(u->zero, 0, sizeof u->zero);
+    u->out = (mp_outgoing){.frame = {.count = id, .offset = offset}, .sent = unit_sent};
+    s->cursor = offset + length;
+    if (kind == ZEROS) {
+        mp_store64(u->meta, length);
+        u->out.frame.type = MP_FRAME_ZEROS;
+        u->out.frame.meta = u->out.frame.length = 8;
+        u->out.meta = u->meta;
+        u->ready = true;
+        send_ready(s);
+        return true;
+    }
+    if (kind == BULK) {
+        s->bulk_run++;
+        s->bulk_open++;
+        s->paused_until_ns = mp_now_ns() + mp_copy_pace(copy, length);
+        mp_copy_touch(copy, offset, length);
+    }
+    u->out.frame.type = kind == BULK ? MP_FRAME_BULK : MP_FRAME_DIGESTS;
+    u->job.run = kind == BULK ? run_bulk : run_digests;
+    mp_pool_submit(&copy->pool, &u->job);
+    return true;
+}
+
+/* Gives the next WANT to a free slot. False: no want, no slot. */
+static bool serve_want(source *s)
+{
+    want_frame *w = s->wants;
+    if (!w)
+        return false;
+    for (unsigned i = 0; i < SLOTS; i++) {
+        slot *t = &s->slots[i];
+        if (t->busy)
+            continue;
+        t->job.run = run_slot;
+        t->out = (mp_outgoing){.sent = slot_sent};
+        t->owner = s;
+        t->busy = true;
+        t->want = w;
+        t->entries = t->answered = 0;
+        t->data_length = 0;
+        if (!(s->wants = w->next)) /* comes back to the front if the slot cannot take all of it */
+            s->wants_last = &s->wants;
+        mp_pool_submit(&s->copy->pool, &t->job);
+        return true;
+    }
+    return false;
+}
+
+static void pump(mp_session *session)
+{
+    source *s = session->owner;
+    mp_copy *copy = s->copy;
+    if (s->paused_until_ns && mp_now_ns() < s->paused_until_ns)
+        return; /* the rate limit; the tick comes back */
+    while (!session->closing && serve_want(s))
+        ;
+    while (!session->closing && !s->wants && session->chan->queued_bytes < QUEUE_MAX && plan(s))
+        if (s->paused_until_ns > mp_now_ns())
+            break;
+    if (s->planned_all && s->oldest == s->next && !s->sync_sent && !session->closing) {
+        mp_store64(s->sync_meta, s->recheck);
+        s->sync = (mp_outgoing){.frame = {.type = MP_FRAME_SYNC, .meta = 8, .length = 8}, .meta = s->sync_meta};
+        s->sync_sent = true;
+        if (!s->recheck) { /* the images are covered: nothing may still be on its way to the parent */
+            if (!mp_copy_report_end(copy))
+                mp_copy_fail(copy, &(mp_fault){.status = MP_CANCELLED});
+        }
+        mp_session_send(session, &s->sync);
+    }
+}
+
+static void slot_finished(source *s, slot *t)
+{
+    want_frame *w = t->want;
+    if (t->status) {
+        free(w);
+        mp_session_fail(&s->session, &t->fault);
+        return;
+    }
+    mp_progress *progress = &s->copy->shared->progress;
+    unit *u = unit_of(s, w->frame.count);
+    u->answered += t->answered;
+    atomic_fetch_add(&progress->sent, t->data_length);
+    if (u->differ && s->copy->range_fd >= 0) {
+        for (uint32_t i = 0; i < t->entries; i++) {
+            mp_data_entry entry;
+            MP_ASSERT(mp_data_entry_decode(&u->shape, t->meta + (size_t)i * MP_DATA_ENTRY, &entry));
+            uint64_t first = (uint64_t)entry.block * (u->shape.block / MP_PIECE);
+            for (uint64_t left = entry.pieces | entry.zeros; left; left &= left - 1)
+                mp_bit_set(u->differ, (uint32_t)(first + (uint64_t)__builtin_ctzll(left)));
+        }
+    }
+    if (t->next_at < w->frame.meta) {
+        w->at = t->next_at;
+        w->next = s->wants;
+        if (!s->wants)
+            s->wants_last = &w->next;
+        s->wants = w;
+    } else {
+        s->wants_bytes -= w->frame.meta;
+        free(w);
+    }
+    t->want = NULL;
+    if (!t->entries) {
+        t->busy = false;
+        return;
+    }
+    uint64_t wait = mp_copy_pace(s->copy, t->data_length);
+    if (wait)
+        s->paused_until_ns = mp_now_ns() + wait;
+    mp_session_send(&s->session, &t->out);
+}
+
+static void finished(mp_session *session, mp_job *job)
+{
+    source *s = session->owner;
+    if (session->closing)
+        return;
+    if ((char *)job >= (char *)s->slots && (char *)job < (char *)(s->slots + SLOTS)) {
+        slot_finished(s, (slot *)job);
+        return;
+    }
+    unit *u = (unit *)job;
+    if (u->status) {
+        mp_session_fail(session, &u->fault);
+        return;
+    }
+    u->ready = true;
+    send_ready(s);
+}
+
+static void *payload(mp_session *session)
+{
+    source *s = session->owner;
+    const mp_frame *frame = &session->chan->frame;
+    if (frame->type == MP_FRAME_SETTLED || frame->type == MP_FRAME_SYNCED) {
+        if (frame->length <= sizeof s->small && frame->length == frame->meta)
+            return s->small;
+    } else if (frame->type == MP_FRAME_WANT) {
+        if (frame->length <= MP_WANT_META_MAX && frame->length == frame->meta && s->wants_bytes + frame->length <= WANTS_MAX) {
+            s->receiving = malloc(sizeof *s->receiving + frame->length);
+            if (s->receiving)
+                return s->receiving->meta;
+            mp_session_fail(session, &(mp_fault){.status = MP_INTERNAL, .text = "out of memory"});
+            return NULL;
+        }
+    }
+    mp_session_garbage(session, "the target sent a frame that it may not send");
+    return NULL;
+}
+
+/* A unit that was sent and is not settled, or NULL. */
+static unit *open_unit(source *s, const mp_frame *frame)
+{
+    if (frame->count - s->oldest >= s->next_sent - s->oldest)
+        return NULL;
+    unit *u = unit_of(s, frame->count);
+    return u->settled ? NULL : u;
+}
+
+static void on_want(source *s, const mp_frame *frame)
+{
+    want_frame *w = s->receiving;
+    s->receiving = NULL;
+    unit *u = open_unit(s, frame);
+    bool good = w && u && u->kind != BULK;
+    uint32_t wanted = 0, limit = good ? mp_shape_blocks(&u->shape) : 0;
+    mp_want want;
+    for (uint32_t at = 0; good && at < frame->meta;) {
+        good = mp_want_next(&u->shape, w->meta, frame->meta, &at, &want);
+        if (!good)
+            break;
+        uint64_t offset = (uint64_t)want.block * u->shape.block, length = mp_shape_block_length(&u->shape, want.block);
+        if (want.kind == MP_WANT_ZERO) {
+            for (uint64_t left = u->differ ? want.mask : 0; left; left &= left - 1)
+                mp_bit_set(u->differ, (uint32_t)(offset / MP_PIECE + (uint64_t)__builtin_ctzll(left)));
+        } else {
+            good = u->kind == DIGESTS && !u->recheck; /* data is only ever asked of a window of digests */
+            wanted++;
+        }
+        mp_copy_touch(s->copy, u->shape.offset + offset, length);
+    }
+    if (!good || u->asked + wanted > 2 * limit) { /* each block at the most twice: once more after a failed merge */
+        free(w);
+        mp_session_garbage(&s->session, "the target asked for what it may not ask for");
+        return;
+    }
+    u->asked += wanted;
+    if (!wanted) {
+        free(w);
+        return;
+    }
+    w->frame = *frame;
+    w->at = 0;
+    w->next = NULL;
+    *s->wants_last = w;
+    s->wants_last = &w->next;
+    s->wants_bytes += frame->length;
+}
+
+static void on_settled(source *s, const mp_frame *frame)
+{
+    unit *u = open_unit(s, frame);
+    if (!u || frame->length != sizeof s->small || u->answered != u->asked || mp_load64(s->small) > u->shape.length || (u->kind == BULK && !u->sent)) {
+        mp_session_garbage(&s->session, "the target settled a unit that is not open");
+        return;
+    }
+    uint64_t equal = mp_load64(s->small);
+    mp_progress *progress = &s->copy->shared->progress;
+    u->settled = true;
+    if (u->recheck) {
+        atomic_fetch_add(&progress->recheck_done, equal);
+    } else {
+        atomic_fetch_add(&progress->done, u->shape.length);
+        atomic_fetch_add(&progress->skipped, equal);
+        atomic_fetch_add(&progress->written, mp_load64(s->small + 8));
+        atomic_fetch_add(&progress->punched, mp_load64(s->small + 16));
+        atomic_fetch_add(&progress->changed_blocks, mp_load64(s->small + 24));
+        atomic_fetch_add(&progress->differing_blocks, mp_load64(s->small + 32));
+        atomic_fetch_add(&progress->differing, u->shape.length - equal);
+    }
+    if (u->probe)
+        s->probing = false;
+    if (u->kind == BULK || u->probe) {
+        if (equal > u->shape.length / 2) {
+            s->bulk = false;
+            s->recent_present = s->recent_wanted = 0;
+        }
+    } else if (u->kind == DIGESTS && !u->recheck) {
+        uint32_t zeros = 0;
+        for (unsigned i = 0; i < MP_BIT_WORDS; i++)
+            zeros += (uint32_t)__builtin_popcountll(u->zero[i]);
+        s->recent_present += u->present - zeros;
+        /* A block of which a small part differs is cheaper refined than sent: count bytes, in blocks. */
+        s->recent_wanted += (uint32_t)((u->shape.length - equal) / u->shape.block);
+        if (mostly_differs(s) && !s->bulk)
+            s->bulk = true, s->bulk_run = 0;
+        if (s->recent_present > 512)
+            s->recent_present /= 2, s->recent_wanted /= 2;
+    }
+    if (s->allowed < MP_UNITS)
+        s->allowed++;
+    while (s->oldest != s->next_sent && unit_of(s, s->oldest)->settled) {
+        unit *old = unit_of(s, s->oldest++);
+        if (!old->differ || old->recheck)
+            continue;
+        mp_bitmap pieces;
+        mp_bitmap_init(&pieces, old->differ, mp_ceil_div(old->shape.length, MP_PIECE));
+        if (!mp_copy_report(s->copy, old->shape.offset, old->shape.length, &pieces))
+            mp_session_fail(&s->session, &(mp_fault){.status = MP_CANCELLED});
+        memset(old->differ, 0, mp_bitmap_bytes(pieces.bits));
+    }
+}
+
+static void on_synced(source *s, const mp_frame *frame)
+{
+    mp_copy *copy = s->copy;
+    if (frame->length != 8 || !s->sync_sent || mp_load64(s->small) != s->recheck) {
+        mp_session_garbage(&s->session, "the target reports an end that was not asked for");
+        return;
+    }
+    if (copy->recheck && !s->recheck) {
+        atomic_store(&copy->shared->progress.recheck_total, mp_bitmap_count(&copy->touched) * MP_TOUCHED);
+        s->recheck = true;
+        s->planned_all = s->sync_sent = false;
+        s->cursor = 0;
+        return;
+    }
+    mp_session_end(&s->session, false);
+}
+
+static void frame(mp_session *session, const mp_frame *frame, void *payload)
+{
+    source *s = session->owner;
+    if (!payload || !mp_chan_check(frame, payload)) {
+        free(s->receiving);
+        s->receiving = NULL;
+        mp_session_garbage(session, "a frame's payload fails its digest");
+    } else if (frame->type == MP_FRAME_WANT) {
+        on_want(s, frame);
+    } else if (frame->type == MP_FRAME_SETTLED) {
+        on_settled(s, frame);
+    } else {
+        on_synced(s, frame);
+    }
+}
+
+static bool make(source *s, mp_copy *copy)
+{
+    s->copy = copy;
+    s->allowed = 4;
+    s->wants_last = &s->wants;
+    for (unsigned i = 0; i < MP_UNITS; i++) {
+        if (!(s->units[i].meta = malloc(MP_DIGESTS_META_MAX)))
+            return false;
+        if (copy->range_fd >= 0 && !(s->units[i].differ = calloc(1, mp_bitmap_bytes(MP_ZERO_RUN / MP_PIECE))))
+            return false;
+    }
+    for (unsigned i = 0; i < SLOTS; i++)
+        if (!(s->slots[i].meta = malloc(MP_DATA_META_MAX)) || !(s->slots[i].data = malloc(MP_BULK)))
+            return false;
+    return true;
+}
+
+static void unmake(source *s)
+{
+    for (unsigned i = 0; i < MP_UNITS; i++) {
+        free(s->units[i].meta);
+        free(s->units[i].differ);
+        free(s->units[i].compact);
+        mp_reader_free(&s->units[i].reader);
+    }
+    for (unsigned i = 0; i < SLOTS; i++) {
+        free(s->slots[i].meta);
+        free(s->slots[i].data);
+    }
+    free(s->receiving);
+    for (want_frame *w = s->wants, *next; w; w = next) {
+        next = w->next;
+        free(w);
+    }
+}
+
+void mp_copy_source(mp_copy *copy)
+{
+    static const mp_session_ops ops = {payload, frame, finished, pump};
+    source *s = NULL;
+    if (mp_copy_begin(copy) == MP_OK) {
+        s = calloc(1, sizeof *s);
+        if (s && make(s, copy))
+            mp_session_run(&s->session, copy, &ops, s);
+        else
+            mp_copy_fail(copy, &(mp_fault){.status = MP_INTERNAL, .text = "out of memory"});
+    }
+    mp_copy_finish(copy); /* joins the workers, who may still use the units */
+    if (s)
+        unmake(s);
+    free(s);
+}
