@@ -21,6 +21,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         raise SystemExit("matplotlib is not installed: pip install matplotlib") from None
     mpl.use("agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     panels = []
     for group in results["groups"]:
@@ -40,7 +41,8 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         values = [x["seconds"] for x in bars]
         axis.barh(names, values, color=[_COLOURS[x["kind"]] for x in bars])
         axis.set_xscale("log")
-        axis.set_xlim(min(values) / 2, max(values) * 4)
+        axis.set_xlim(10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values) * 2)))
+        axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.invert_yaxis()
         axis.set_title(group["title"], fontsize=10)
         axis.set_xlabel("seconds, whole command, median")

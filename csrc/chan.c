@@ -179,6 +179,7 @@ void mp_chan_queue(mp_chan *chan, mp_outgoing *out)
     out->frame.session = chan->session;
     out->frame.sequence = chan->sequence_out++;
     out->frame.digest = out->digest;
+    out->sealed = false; /* the digest is used up: the next payload of the same object needs its own */
     mp_frame_encode(&out->frame, out->header);
     out->done = 0;
     out->next = NULL;

@@ -23,9 +23,9 @@ mp_status mp_copy_begin(mp_copy *copy)
     mp_guard_install();
     atomic_store(&copy->shared->progress.total, copy->size);
     if (copy->source_fd >= 0)
-        mp_image_open(&copy->source, copy->source_fd, copy->size, MP_SIDE_SOURCE, false);
+        mp_image_open(&copy->source, copy->source_fd, copy->size, MP_SIDE_SOURCE);
     if (copy->target_fd >= 0)
-        mp_image_open(&copy->target, copy->target_fd, copy->size, MP_SIDE_TARGET, copy->write);
+        mp_image_open(&copy->target, copy->target_fd, copy->size, MP_SIDE_TARGET);
     unsigned threads = copy->threads;
     if (!threads) {
         long processors = sysconf(_SC_NPROCESSORS_ONLN);

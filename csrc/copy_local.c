@@ -64,7 +64,7 @@ static mp_status compare_window(mp_worker *worker, void *argument)
     window_job *w = argument;
     mp_copy *copy = w->copy;
     mp_store store;
-    mp_store_begin(&store, &copy->target, &worker->target);
+    mp_store_begin(&store, &copy->target);
     bool write = copy->write && !w->recheck;
     for (uint64_t span = w->offset; span < w->offset + w->length; span += SPAN) {
         uint64_t span_end = mp_min(span + SPAN, w->offset + w->length);
@@ -154,7 +154,7 @@ static bool plan(mp_copy *copy, uint64_t *cursor, bool recheck, window_job *w)
             mp_copy_fail(copy, &fault);
             return false;
         }
-        uint64_t next = mp_max(*cursor, mp_down(mp_min(source, target), MP_TOUCHED));
+        uint64_t next = mp_max(*cursor, mp_down(mp_min(source, target), MP_BLOCK_MAX)); /* so that a block is never cut in two */
         if (next >= copy->size)
             next = copy->size;
         atomic_fetch_add(&copy->shared->progress.done, next - *cursor);

@@ -117,6 +117,7 @@ static mp_status settle_zero(mp_worker *worker, unit *u, mp_store *store, uint32
     *differs = true;
     u->differing_blocks++;
     mark(u, block, nonzero);
+    mp_copy_touch(u->owner->copy, offset, length);
     put_want(u, block, MP_WANT_ZERO);
     mp_store64(u->want_meta + u->want.frame.meta, nonzero);
     u->want.frame.meta += 8;
@@ -133,7 +134,7 @@ static mp_status compare_window(mp_worker *worker, void *argument)
     unit *u = argument;
     mp_copy *copy = worker->copy;
     mp_store store;
-    mp_store_begin(&store, &copy->target, &worker->target);
+    mp_store_begin(&store, &copy->target);
     uint32_t blocks = mp_shape_blocks(&u->shape);
     uint64_t end = u->shape.offset + u->shape.length;
     bool write = copy->write && !u->recheck;
@@ -193,7 +194,7 @@ static mp_status clear_window(mp_worker *worker, void *argument)
 {
     unit *u = argument;
     mp_store store;
-    mp_store_begin(&store, &worker->copy->target, &worker->target);
+    mp_store_begin(&store, &worker->copy->target);
     uint64_t end = worker->target.offset + worker->target.length;
     mp_status status = MP_OK;
     for (uint64_t at = worker->target.offset; at < end && !status; at += u->shape.block) {
@@ -313,7 +314,7 @@ static mp_status take_data(mp_worker *worker, void *argument)
     unit *u = t->unit;
     mp_copy *copy = worker->copy;
     mp_store store;
-    mp_store_begin(&store, &copy->target, &worker->target);
+    mp_store_begin(&store, &copy->target);
     const uint8_t *from = t->payload + t->frame.meta, *end = t->payload + t->frame.length;
     bool marks = t->frame.type == MP_FRAME_MARKS;
     for (uint32_t at = 0; at < t->frame.meta; at += MP_DATA_ENTRY) {
@@ -378,7 +379,7 @@ static mp_status take_bulk(mp_worker *worker, void *argument)
     mp_bulk bulk;
     MP_ASSERT(mp_bulk_decode(&bulk, &t->frame, t->payload, u->shape.block)); /* checked when it came in */
     mp_store store;
-    mp_store_begin(&store, &worker->copy->target, &worker->target);
+    mp_store_begin(&store, &worker->copy->target);
     const uint8_t *from = t->payload + t->frame.meta;
     for (uint32_t i = 0; i < mp_shape_blocks(&u->shape); i++) {
         uint64_t length = mp_shape_block_length(&u->shape, i), equal = t->equal, all = mp_piece_mask(mp_pieces_of(length));

@@ -8,9 +8,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-void mp_image_open(mp_image *image, int fd, uint64_t size, mp_side side, bool writable)
+void mp_image_open(mp_image *image, int fd, uint64_t size, mp_side side)
 {
-    *image = (mp_image){.fd = fd, .direct_fd = mp_disk_open_direct(fd), .size = size, .side = side, .writable = writable};
+    *image = (mp_image){.fd = fd, .direct_fd = mp_disk_open_direct(fd), .size = size, .side = side};
 }
 
 void mp_image_close(mp_image *image)
@@ -45,7 +45,7 @@ void mp_reader_begin(mp_reader *reader, const mp_image *image, uint64_t offset, 
     reader->buffer_length = 0;
     if (image->always_cold || mp_disk_cached(image->fd, offset, length, length) < length / 2)
         return;
-    void *map = mmap(NULL, length, image->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, image->fd, (off_t)offset);
+    void *map = mmap(NULL, length, PROT_READ, MAP_SHARED, image->fd, (off_t)offset);
     if (map != MAP_FAILED) /* no address space, or a file system without mmap: read instead */
         reader->map = map;
 }

@@ -20,18 +20,17 @@ typedef struct mp_image {
     int fd, direct_fd; /* direct_fd -1: no O_DIRECT there */
     uint64_t size;     /* bytes that take part, not more than the image holds */
     mp_side side;
-    bool writable;
     bool always_cold; /* re-reading what was written: the disk is asked, not the cache */
 } mp_image;
 
 /* Makes the second descriptor for O_DIRECT; the caller keeps fd. */
-void mp_image_open(mp_image *image, int fd, uint64_t size, mp_side side, bool writable);
+void mp_image_open(mp_image *image, int fd, uint64_t size, mp_side side);
 void mp_image_close(mp_image *image);
 
 typedef struct mp_reader {
     const mp_image *image;
     uint64_t offset, length; /* the window */
-    uint8_t *map;            /* MAP_SHARED, writable where the image is; NULL: read */
+    uint8_t *map;            /* read-only, shared; NULL: the window is read instead */
     uint8_t *buffer;         /* MP_BULK + 4 KiB, page-aligned, made at the first need */
     uint64_t buffer_offset, buffer_length;
     uint64_t extent, extent_end; /* a known run of data [extent, extent_end) ... */

@@ -2,28 +2,13 @@
 #include "store.h"
 
 #include "disk.h"
-#include "guard.h"
 #include "wire.h"
 
 #include <errno.h>
 
-#define MAPPED_STORE_MAX (64u << 10) /* longer runs: one pwrite is as fast and needs no page faults */
-
-void mp_store_begin(mp_store *store, const mp_image *image, const mp_reader *target)
+void mp_store_begin(mp_store *store, const mp_image *image)
 {
-    *store = (mp_store){.target = target, .image = image};
-}
-
-typedef struct copy_arguments {
-    uint8_t *to;
-    const uint8_t *from;
-    size_t length;
-} copy_arguments;
-
-static void copy(void *argument)
-{
-    const copy_arguments *a = argument;
-    memcpy(a->to, a->from, a->length);
+    *store = (mp_store){.image = image};
 }
 
 mp_status mp_store_flush(mp_store *store, mp_fault *fault)
@@ -39,21 +24,13 @@ mp_status mp_store_flush(mp_store *store, mp_fault *fault)
         store->punched += length;
         return MP_OK;
     }
-    bool stored = false;
-    if (store->target && store->target->map && length <= MAPPED_STORE_MAX) {
-        copy_arguments arguments = {store->target->map + (offset - store->target->offset), store->data, length};
-        const void *address;
-        stored = mp_guard_call(copy, &arguments, &address);
+    int error = mp_disk_write(store->image->fd, store->data, length, offset);
+    if (error == EFAULT) { /* the data is itself a mapping, whose file went away under it */
+        *fault = (mp_fault){.status = MP_SHRANK, .side = MP_SIDE_SOURCE, .offset = offset, .text = "the image shrank or failed while it was read"};
+        return MP_SHRANK;
     }
-    if (!stored) {
-        int error = mp_disk_write(store->image->fd, store->data, length, offset);
-        if (error == EFAULT) { /* the data is itself a mapping, whose file went away under it */
-            *fault = (mp_fault){.status = MP_SHRANK, .side = MP_SIDE_SOURCE, .offset = offset, .text = "the image shrank or failed while it was read"};
-            return MP_SHRANK;
-        }
-        if (error)
-            return mp_fault_io(fault, error, store->image->side, offset, "write");
-    }
+    if (error)
+        return mp_fault_io(fault, error, store->image->side, offset, "write");
     store->written += length;
     return MP_OK;
 }

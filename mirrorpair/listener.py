@@ -261,7 +261,7 @@ def _turn_away(sock: socket.socket, cap: int) -> None:
     could be lost in a reset."""
     with sock, suppress(OSError, ValueError, EOFError):
         channel = _core.Channel(sock.fileno(), sock.fileno())
-        with suppress(TimeoutError, EOFError, ValueError):
+        with suppress(OSError, EOFError, ValueError):
             channel.recv(0.05)
         text = f"this server is busy: {cap} sessions are at work; try again later"
         channel.send(_core.FRAME_ERROR, encode(failure(BUSY_CODE, text)), 0.05)

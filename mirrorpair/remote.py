@@ -56,7 +56,7 @@ class FarImage:
             self.channel.send(_core.FRAME_START, encode(start), self._timeout)
         except TimeoutError:
             raise _silent(self.name, self._timeout) from None
-        except ConnectionError:
+        except OSError:
             raise PeerProtocolError(
                 f"{self.name}: the far end is gone: {self.connection.ending() or 'closed'}"
             ) from None
@@ -114,7 +114,7 @@ def _greet(connection: Connection, hello: bytes, timeout: float) -> Welcome:
         channel.send(_core.FRAME_HELLO, hello, timeout)
     except TimeoutError:
         raise _silent(connection.name, timeout) from None
-    except ConnectionError:
+    except OSError:
         # It may have said why before it closed, and a far end that printed a greeting and died spoke garbage first:
         # what can still be read decides.
         pass
@@ -122,7 +122,7 @@ def _greet(connection: Connection, hello: bytes, timeout: float) -> Welcome:
         kind, payload = channel.recv(timeout)
     except TimeoutError:
         raise _silent(connection.name, timeout) from None
-    except (EOFError, ConnectionError):
+    except (EOFError, OSError):
         raise connection.lost_before_welcome() from None
     except _core.ProtocolError as error:
         raise PeerProtocolError(

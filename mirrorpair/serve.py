@@ -122,7 +122,7 @@ class Session:
                 self._send(_core.FRAME_WELCOME, encode(welcome), "welcome")
                 try:
                     payload = self._receive(_core.FRAME_START, "start")
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     raise _Left from None
                 start = decode_start(payload)
                 _check_start(start, hello, image)
@@ -177,7 +177,7 @@ class Session:
             raise PeerTimeoutError(f"no {name} within {self._negotiate_s:g} s") from None
         except _core.ProtocolError as error:
             raise PeerProtocolError(f"not a mirrorpair client: {printable(str(error), 300)}") from None
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             if wanted == _core.FRAME_HELLO:
                 raise PeerProtocolError("closed before the hello") from None
             raise
@@ -192,11 +192,11 @@ class Session:
             self._channel.send(kind, payload, self._left())
         except TimeoutError:
             raise PeerTimeoutError(f"the {name} was not taken within {self._negotiate_s:g} s") from None
-        except ConnectionError:
+        except OSError:
             raise _Left from None
 
     def _tell(self, code: int, message: str) -> None:
-        with suppress(TimeoutError, ConnectionError, ValueError):
+        with suppress(OSError, ValueError):
             self._channel.send(_core.FRAME_ERROR, encode(failure(code, message)), TELL_S)
 
     def _left(self) -> float:

@@ -10,11 +10,15 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from mirrorpair.errors import ImageError, UsageError
 from mirrorpair.image import Image, open_source
-from mirrorpair.newfile import Opener, closed, closed_on_error
+from mirrorpair.newfile import closed, closed_on_error
 from mirrorpair.text import printable
+
+if TYPE_CHECKING:
+    from mirrorpair.newfile import Opener
 
 
 def open_or_zeros(path: str, size: int, opener: Opener | None = None) -> Image:

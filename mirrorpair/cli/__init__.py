@@ -48,7 +48,8 @@ class LazyGroup(click.Group):
 
             near = get_close_matches(args[0], COMMANDS, n=1)
             if near and "mean" not in error.message:
-                error.message = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
+                text = f"{error.message.rstrip('.')}; did you mean {near[0]}?"
+                raise click.UsageError(text, ctx=error.ctx) from None
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

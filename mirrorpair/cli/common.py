@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -116,7 +116,13 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
         setattr(settings, name, value)
 
 
-class _Parsed(click.ParamType):
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # before click 8.4 it takes no argument
+
+
+class _Parsed(_ParamType):
     """An option's text, parsed by a function of units.py whose ValueError is a sentence."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -132,7 +138,7 @@ class _Parsed(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class _Image(click.ParamType):
+class _Image(_ParamType):
     """A path or a URL: completed as a file name, judged later by endpoint.py."""
 
     name = "image"
