@@ -1,0 +1,222 @@
+"""The copy engine against the plain reference: every arrangement, random images, both ends' reports."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+import reference
+
+from mirrorpair import _core
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Mount
+
+DEADLINE_S = 60.0  # never met; a run that hangs must fail and not block the suite
+FIRST_SEED = int(os.environ.get("MIRRORPAIR_TEST_SEED", "1"))
+SEEDS = int(os.environ.get("MIRRORPAIR_COPY_SEEDS", "40"))
+BLOCKS = [4096, 16384, 65536, 65536, 262144]
+
+
+def finish(*helpers: _core.Helper, hang_up: ExitStack | None = None) -> None:
+    """Waits for all. The first is the source: when it has ended its end of the connection goes, as in the product."""
+    left = list(helpers)
+    for _ in range(int(DEADLINE_S / 0.01)):
+        for helper in list(left):
+            if helper.poll(0.01 / len(left)):
+                left.remove(helper)
+                if helper is helpers[0] and hang_up is not None:
+                    hang_up.close()
+        if not left:
+            return
+    for helper in left:
+        helper.close()
+    pytest.fail(f"hangs: {[helper.progress() for helper in helpers]}")
+
+
+def connect(kind: str, near: ExitStack, far: ExitStack) -> tuple[_core.Channel, _core.Channel]:
+    """Two channels that have exchanged their first frames."""
+    if kind == "pipe":
+        (r1, w1), (r2, w2) = os.pipe(), os.pipe()
+        for fd, stack in ((r1, near), (w2, near), (r2, far), (w1, far)):
+            stack.callback(os.close, fd)
+        a, b = (r1, w2), (r2, w1)
+    elif kind == "unix":
+        left, right = socket.socketpair()
+        near.enter_context(left)
+        far.enter_context(right)
+        a, b = (left.fileno(), left.fileno()), (right.fileno(), right.fileno())
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            left = near.enter_context(socket.create_connection(server.getsockname()))
+            right = far.enter_context(server.accept()[0])
+        a, b = (left.fileno(), left.fileno()), (right.fileno(), right.fileno())
+    one, other = _core.Channel(*a, 5), _core.Channel(*b)
+    one.send(_core.FRAME_HELLO, b"{}", 5)
+    other.recv(5)
+    other.send(_core.FRAME_WELCOME, b"{}", 5)
+    one.recv(5)
+    return one, other
+
+
+def run(
+    how: str, source: Path, target: Path, *, block: int, write: bool, recheck: bool = False, threads: int = 0, rate: int = 0
+) -> list[_core.Helper]:
+    """Runs the engine in one arrangement; every end must end well."""
+    size = source.stat().st_size
+    ranges = not write
+    with ExitStack() as near, ExitStack() as far:
+        a, b = os.open(source, os.O_RDONLY), os.open(target, os.O_RDWR if write else os.O_RDONLY)
+        far.callback(os.close, a)
+        far.callback(os.close, b)
+        if how == "local":
+            helpers = [
+                _core.Helper.local(
+                    a, b, size=size, block_size=block, write=write, recheck=recheck, rate=rate, threads=threads, ranges=ranges
+                )
+            ]
+            finish(*helpers)
+        else:
+            here, there = connect(how, near, far)
+            common = {"size": size, "block_size": block, "seed": size * 7 + 1, "write": write, "recheck": recheck}
+            common |= {"threads": threads, "ranges": ranges, "rate": rate}
+            helpers = [_core.Helper.source(a, here, **common), _core.Helper.target(b, there, **common)]
+            finish(*helpers, hang_up=near)
+    assert [helper.outcome().status for helper in helpers] == [0] * len(helpers), [h.outcome() for h in helpers]
+    return helpers
+
+
+@pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + SEEDS))
+def test_any_pair_of_images_is_compared_and_made_equal_like_by_the_reference(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    source, target = tmp_path / "source", tmp_path / "target"
+    reference.random_pair(source, target, rng)
+    how, block, threads, recheck = rng.choice(["local", "unix", "pipe", "tcp"]), rng.choice(BLOCKS), rng.choice([0, 1, 3]), rng.random() < 0.3
+    before, old = source.read_bytes(), target.read_bytes()
+    expected = reference.differing(before, old)
+    size, bytes_ = len(before), sum(length for _, length in expected)
+    for helper in run(how, source, target, block=block, write=False, threads=threads):
+        counted = helper.progress()
+        assert helper.take_ranges() == expected
+        assert (counted.done_bytes, counted.total_bytes, counted.skipped_bytes) == (size, size, size - bytes_)
+        assert (counted.differing_bytes, counted.differing_blocks) == (bytes_, reference.blocks_of(expected, block))
+        assert (counted.written_bytes, counted.punched_bytes) == (0, 0)
+    assert target.read_bytes() == old, "a comparison wrote"
+    for helper in run(how, source, target, block=block, write=True, recheck=recheck, threads=threads):
+        counted = helper.progress()
+        assert (counted.done_bytes, counted.skipped_bytes, counted.changed_blocks) == (size, size - bytes_, 0)
+        assert (counted.differing_bytes, counted.differing_blocks) == (bytes_, reference.blocks_of(expected, block))
+        assert counted.written_bytes + counted.punched_bytes == bytes_
+        if recheck:
+            assert counted.recheck_done_bytes >= counted.recheck_total_bytes - 65536
+    assert source.read_bytes() == before, "the source was written to"
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["local", "unix", "pipe", "tcp"])
+def test_images_of_which_all_differs_are_made_equal(how: str, tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    size = (48 << 20) + 5
+    source.write_bytes(rng.randbytes(20 << 20) + bytes(3 << 20) + rng.randbytes(size - (23 << 20)))
+    target.write_bytes(rng.randbytes(size))
+    helpers = run(how, source, target, block=65536, write=True, recheck=True)
+    assert target.read_bytes() == source.read_bytes()
+    assert helpers[0].progress().punched_bytes == 3 << 20
+
+
+@pytest.mark.parametrize("how", ["local", "unix"])
+def test_thin_stays_thin_on_both_sides(how: str, tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    size = 3 << 30
+    for path in (source, target):
+        path.write_bytes(b"")
+        os.truncate(path, size)
+    with source.open("r+b") as file:
+        for offset in (0, 100 << 20, (2 << 30) + 4096):
+            file.seek(offset)
+            file.write(rng.randbytes(1 << 20))
+    with target.open("r+b") as file:  # data where the source has a hole, inside and across windows
+        file.seek((1 << 30) - 8192)
+        file.write(rng.randbytes(1 << 20))
+    run(how, source, target, block=65536, write=True)
+    assert [helper.take_ranges() for helper in run(how, source, target, block=65536, write=False)][0] == []
+    assert target.stat().st_blocks * 512 <= source.stat().st_blocks * 512 + (256 << 10)
+
+
+@pytest.mark.parametrize("how", ["local", "unix"])
+def test_an_equal_block_is_never_rewritten_so_a_preallocated_target_stays_as_it_is(how: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"")
+    os.truncate(source, 4 << 20)
+    target.write_bytes(bytes(4 << 20))
+    blocks = target.stat().st_blocks
+    helper = run(how, source, target, block=65536, write=True)[0]
+    assert (helper.progress().written_bytes, helper.progress().punched_bytes) == (0, 0)
+    assert target.stat().st_blocks == blocks
+
+
+@pytest.mark.parametrize("how", ["local", "tcp"])
+def test_a_file_system_without_direct_io_is_read_the_plain_way(how: str, mount: Mount, rng: random.Random) -> None:
+    folder = mount("size=64m")
+    source, target = folder / "source", folder / "target"
+    source.write_bytes(rng.randbytes(9 << 20))
+    target.write_bytes(rng.randbytes(9 << 20))
+    run(how, source, target, block=65536, write=True, recheck=True)
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["local", "unix"])
+def test_a_rate_holds_back_the_data_and_not_the_comparison(how: str, tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(rng.randbytes(4 << 20))
+    target.write_bytes(source.read_bytes())
+    run(how, source, target, block=65536, write=True, rate=1)  # nothing to send: a byte a second is no hindrance
+    target.write_bytes(rng.randbytes(4 << 20))
+    run(how, source, target, block=65536, write=True, rate=64 << 20)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_run_that_is_cancelled_ends_so_and_keeps_what_it_did(tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(rng.randbytes(16 << 20))
+    target.write_bytes(bytes(16 << 20))
+    with source.open("rb") as a, target.open("r+b") as b:
+        helper = _core.Helper.local(a.fileno(), b.fileno(), size=16 << 20, block_size=65536, write=True, rate=1 << 20)
+        helper.cancel()
+        finish(helper)
+    assert helper.outcome().status == _core.OUTCOME_CANCELLED
+    run("local", source, target, block=65536, write=True)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_helper_that_is_killed_is_reported_as_such(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for path in (source, target):
+        path.write_bytes(b"x" * (16 << 20))
+    target.write_bytes(b"y" * (16 << 20))
+    with source.open("rb") as a, target.open("r+b") as b:
+        helper = _core.Helper.local(a.fileno(), b.fileno(), size=16 << 20, block_size=65536, write=True, rate=1 << 20)
+        os.kill(helper.pid, 9)
+        finish(helper)
+    assert (helper.outcome().status, helper.outcome().errno) == (_core.OUTCOME_KILLED, 9)
+    assert helper.pid == -1
+
+
+def test_arguments_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    for block in (0, 4095, 5000, 524288):
+        with pytest.raises(ValueError, match="power of two"):
+            _core.Helper.local(0, 0, size=1, block_size=block, write=False)
+    with pytest.raises((ValueError, OverflowError)):
+        _core.Helper.local(0, 0, size=1 << 63, block_size=4096, write=False)
+    helper = _core.Helper.local(0, 0, size=0, block_size=4096, write=False)
+    try:
+        with pytest.raises(ValueError, match="not ended"):
+            helper.outcome()
+    finally:
+        helper.close()
