@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from mirrorpair import __version__
-from mirrorpair.cli.common import Settings, common_options, exit_with, run_command
+from mirrorpair.cli.common import PROGRAM, Settings, common_options, exit_with, run_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    name="mirrorpair",
+    name=PROGRAM,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Exit codes:
@@ -71,7 +71,7 @@ Exit codes:
 The common options above may stand before or after the command.
 `mirrorpair COMMAND --help` shows what a command does, with examples.""",
 )
-@click.version_option(__version__, prog_name="mirrorpair", message="%(prog)s %(version)s")
+@click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")
 @common_options
 def group() -> None:
     """Keep a data volume alive on two hosts, and make two disk images equal, fast.

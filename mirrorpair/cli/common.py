@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, shell_complete
 
 from mirrorpair.errors import MirrorpairError
 from mirrorpair.text import printable
 from mirrorpair.units import parse_rate, parse_seconds, parse_size
 
+PROGRAM = "mirrorpair"
+COMPLETE = "_MIRRORPAIR_COMPLETE"
 INTERRUPTED = 130
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -234,8 +236,12 @@ def note(settings: Settings, text: str) -> None:
 
 def run_command(command: click.Command, args: list[str], settings: Settings) -> int:
     """Runs `command` and turns however it ends into an exit code, with its sentence told."""
+    if instruction := os.environ.get(COMPLETE):
+        return shell_complete(command, {}, PROGRAM, COMPLETE, instruction)
     try:
-        result = command.main(args=args, prog_name="mirrorpair", standalone_mode=False, obj=settings)
+        # Not command.main(): it has its own idea of the exit code of a closed pipe.
+        with command.make_context(PROGRAM, list(args), obj=settings) as context:
+            result = command.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
         return error.exit_code

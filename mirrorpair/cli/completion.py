@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from mirrorpair.cli.common import common_options, write_line
+from mirrorpair.cli.common import COMPLETE, PROGRAM, common_options, write_line
 
 
 @click.command(
@@ -30,5 +30,5 @@ def command(context: click.Context, shell: str) -> None:
     assert complete is not None
     root = context.find_root().command
     # Not .source(): for bash it would first run whatever bash is on the PATH, to see how old it is.
-    script = complete(root, {}, "mirrorpair", "_MIRRORPAIR_COMPLETE")
+    script = complete(root, {}, PROGRAM, COMPLETE)
     write_line((script.source_template % script.source_vars()).strip())

@@ -176,7 +176,7 @@ class Bar(Plain):
             # Not before the engine runs: until then ssh may be asking for a password.
             self._bar = _rich_bar(color=self._settings.color)
             self._bar.start()
-            self._bar.add_task(self._op, total=1)
+            self._bar.add_task(self._op, total=1, text="")
         rechecking = progress.recheck_total_bytes > 0 and progress.done_bytes == progress.total_bytes
         done, total = (
             (progress.recheck_done_bytes, progress.recheck_total_bytes)
