@@ -13,12 +13,16 @@ import pytest
 from bench import machine
 from bench.replay import clock, replay
 from bench.session import Case, Session, cases
-from bench.workshop import CannotRun
+from bench.workshop import CannotRun, Failed
 
 if TYPE_CHECKING:
     from bench.campaign import Group, Series
 
 pytestmark = pytest.mark.benchmark(timer=clock)
+
+
+def _raise(series: Series) -> None:
+    raise Failed(f"{series.name}: {series.reason}")
 
 
 def _hand_over(benchmark: Any, group: Group, series: Series) -> None:
@@ -27,7 +31,7 @@ def _hand_over(benchmark: Any, group: Group, series: Series) -> None:
     if series.state == "failed":
         if series.kind == "peer":
             pytest.skip(f"{series.name}: {series.reason}")
-        pytest.fail(f"{series.name}: {series.reason}")
+        benchmark.pedantic(_raise, args=(series,))
     benchmark.group = group.title
     told = {"engine_s": series.engine_s, "kind": series.kind, "state": series.state, "reason": series.reason}
     benchmark.extra_info.update(told | series.facts)

@@ -59,7 +59,7 @@ def judge(groups: Mapping[str, Group]) -> list[Verdict]:
             found.append(Verdict(goal.text, goal.group, wanted, "-", f"not measured: {reason}", None))
             continue
         met = value <= goal.bound if goal.sense == "<=" else value >= goal.bound
-        shown = f"{value:.3g}{goal.unit}"
+        shown = f"{value:.4g}{goal.unit}"
         found.append(Verdict(goal.text, goal.group, wanted, shown, "met" if met else "missed", value))
     return found
 

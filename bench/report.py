@@ -216,6 +216,7 @@ def _watched(groups: Mapping[str, Group]) -> list[str]:
                         seconds_text(facts["engine_cpu_s"]),
                         f"{goals.python_share(series):.1f} %",
                         str(facts["progress_calls"]),
+                        seconds_text(facts["loading_cpu_s"]),
                     ]
                 )
     lines: list[str] = []
@@ -227,7 +228,9 @@ def _watched(groups: Mapping[str, Group]) -> list[str]:
         lines += table(["", "", "near end", "far end", "samples"], memory)
     if python:
         lines += ["", "== CPU time of one call of the API =="]
-        lines += table(["", "Python", "engine", "Python's share", "progress calls"], python)
+        lines += table(
+            ["", "Python", "engine", "Python's share", "progress calls", "before: start, load, compare"], python
+        )
     return lines
 
 

@@ -124,6 +124,9 @@ unsigned mp_helper_poll(mp_helper *helper, int timeout_ms)
     struct pollfd entries[2] = {{.fd = helper->pid_fd, .events = POLLIN}, {.fd = helper->range_fd, .events = POLLIN}};
     if (poll(entries, 2, timeout_ms) <= 0)
         return 0;
+    /* The pipe has ended but the process has not quite: the pipe would stay ready and say nothing. */
+    if (!entries[0].revents && entries[1].revents && !(entries[1].revents & POLLIN))
+        poll(entries, 1, timeout_ms);
     return (entries[0].revents ? 1u : 0u) | (entries[1].revents & POLLIN ? 2u : 0u);
 }
 

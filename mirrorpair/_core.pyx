@@ -1,10 +1,11 @@
-# cython: language_level=3, binding=True, embedsignature=True
+# cython: language_level=3, binding=True, embedsignature=True, autotestdict=False, auto_pickle=False
 """The C core's Python face. It holds no logic: buffers in, one C call without the GIL, plain values out.
 
 Errors of this module: ValueError for arguments, ProtocolError for what a peer sent, OSError for the system, TimeoutError and
 EOFError for the connection. What a copy run met is not raised but told by `Helper.outcome()`.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -223,6 +224,7 @@ def is_zero(data):
     return zero
 
 
+@cython.final
 cdef class Bitmap:
     """One bit per block, all clear at first. Bits are numbered from 0; ranges are half-open."""
 
@@ -284,6 +286,7 @@ cdef class Bitmap:
         return found
 
 
+@cython.final
 cdef class Channel:
     """One connection that carries frames. Sets the descriptors non-blocking; they stay the caller's to close.
 
@@ -348,6 +351,7 @@ cdef class Channel:
             raise ProtocolError((<bytes>self.chan.text).decode("ascii", "replace"))
 
 
+@cython.final
 cdef class Helper:
     """One copy run, in a child process that runs only C. Made by `local`, `source` or `target`."""
 
@@ -374,13 +378,13 @@ cdef class Helper:
 
     @staticmethod
     def source(int fd, Channel channel not None, *, uint64_t size, uint32_t block_size, uint64_t seed, bint write,
-               bint recheck=False, uint64_t rate=0, unsigned threads=0, double timeout=30, bint ranges=False):
+               bint recheck=False, uint64_t rate=0, unsigned threads=0, double timeout=30.0, bint ranges=False):
         """The source is here, the target behind the channel, whose other end runs `target` with the same numbers."""
         return _start(MP_SOURCE, fd, -1, channel, size, block_size, seed, write, recheck, rate, threads, timeout, ranges)
 
     @staticmethod
     def target(int fd, Channel channel not None, *, uint64_t size, uint32_t block_size, uint64_t seed, bint write,
-               bint recheck=False, uint64_t rate=0, unsigned threads=0, double timeout=30, bint ranges=False):
+               bint recheck=False, uint64_t rate=0, unsigned threads=0, double timeout=30.0, bint ranges=False):
         """The target is here, the source behind the channel."""
         return _start(MP_TARGET, -1, fd, channel, size, block_size, seed, write, recheck, rate, threads, timeout, ranges)
 

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from mirrorpair import _core
 from mirrorpair.report import Meter, Progress, Ranges
-
-if TYPE_CHECKING:
-    from mirrorpair import _core
 
 LOOK_S = 0.1  # how often the caller hears of it; the helper's end is noticed at once
 STOP_S = 30.0  # an fdatasync of a slow disk's whole write cache
@@ -28,10 +25,11 @@ OnDifference = Callable[[int, int], object]
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """How it ended. `interrupted` is True also when it got everything done before it noticed."""
+    """How it ended. `finished`: all was done and nothing went wrong; then `interrupted` may be True as well."""
 
     counters: _core.Progress
     outcome: _core.Outcome
+    finished: bool
     interrupted: bool
     average_rate: float
 
@@ -41,10 +39,15 @@ def drive(
     *,
     progress: OnProgress | None = None,
     on_difference: OnDifference | None = None,
+    tail: tuple[int, int] = (0, 0),
     stopping: Callable[[], bool] | None = None,
     stop_s: float = STOP_S,
 ) -> Run:
-    """Waits for `helper`, which is ended when this returns or raises. `stopping` is asked at every look."""
+    """Waits for `helper`, which is ended when this returns or raises. `stopping` is asked at every look.
+
+    `tail` is a range (offset, length) that is known to differ and that the helper does not look at: it is told last,
+    when all before it has been looked at.
+    """
     meter = Meter(time.monotonic())
     joined = Ranges()
     interrupted = False
@@ -68,16 +71,19 @@ def drive(
         except KeyboardInterrupt:
             interrupted = True
             _stop(helper, stop_s)
-        if on_difference is not None:
-            for offset, length in [*joined.add(helper.take_ranges()), *joined.finish()]:
-                on_difference(offset, length)
         counters, outcome = helper.progress(), helper.outcome()
+        finished = outcome.status == _core.OUTCOME_OK
+        if on_difference is not None:
+            rest = [*helper.take_ranges(), *([tail] if finished and tail[1] else [])]
+            for offset, length in [*joined.add(rest), *joined.finish()]:
+                on_difference(offset, length)
     finally:
         helper.close()
     seconds = meter.seconds(time.monotonic())
     return Run(
         counters=counters,
         outcome=outcome,
+        finished=finished,
         interrupted=interrupted,
         average_rate=counters.done_bytes / seconds if seconds > 0 else 0.0,
     )

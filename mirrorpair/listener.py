@@ -239,9 +239,9 @@ def _bind(host: str, port: int, *, insecure: bool) -> socket.socket:
     for *_, address in found:
         if not insecure and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
             raise UsageError(
-                f"--listen {join_address(host, port)} is reachable from other hosts, nothing there is encrypted, and nobody "
-                "has to log in: use ssh://host/path instead (it needs no server), listen on 127.0.0.1 behind a tunnel, or "
-                "say --insecure when the network is yours alone"
+                f"--listen {join_address(host, port)} is reachable from other hosts, nothing there is encrypted, and "
+                "nobody has to log in: use ssh://host/path instead (it needs no server), listen on 127.0.0.1 behind a "
+                "tunnel, or say --insecure when the network is yours alone"
             )
     family, kind, proto, _, address = found[0]
     sock = socket.socket(family, kind, proto)

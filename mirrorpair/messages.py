@@ -77,13 +77,15 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
-    """far -> near: the image is open. `created`: it did not exist (in a dry run: it would be created)."""
+    """far -> near: the image is open. `created`: it did not exist (in a dry run: it would be created). `before`: its
+    size before it was resized, when that was another."""
 
     protocol: _Number
     version: _Version
     size: _Size
     kind: Kind
     created: bool = False
+    before: _Size | None = None
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,24 +64,22 @@ def compare(
     places = places_of(a, b)
     found: list[tuple[int, int]] = []
     listen = _listeners(found if ranges else None, on_difference)
-    with _interruptible(f"nothing of {places[0]} and {places[1]} was compared"), ExitStack() as stack:
+    nothing = f"interrupted: nothing of {places[0]} and {places[1]} was compared"
+    with _interruptible(nothing) as course, ExitStack() as stack:
         left, right = open_both(stack, places, options)
         size = min(left.size, right.size)
         larger = left if left.size > right.size else right
         tail = larger.size - size
         scene = _scene(left, right, options, writes=False)
         helper = start_engine(left, right, options, size=size, write=False, recheck=False)
-        run = drive(helper, progress=progress, on_difference=listen)
-        tail_differs = tail > 0 and not larger.device
-        finished = run.outcome.status == _core.OUTCOME_OK
-        if tail_differs and finished:
-            _tell_tail(found if ranges else None, on_difference, size, tail)
-        counted = tail if tail_differs else 0
+        differing_tail = 0 if larger.device else tail
+        run = drive(helper, progress=progress, on_difference=listen, tail=(size, differing_tail))
         counters = run.counters
+        counted = differing_tail if run.finished else 0
         result = CompareResult(
             a=left.name,
             b=right.name,
-            equal=finished and counters.differing_bytes == 0 and not tail_differs,
+            equal=run.finished and counters.differing_bytes == 0 and differing_tail == 0,
             size=size,
             a_size=left.size,
             b_size=right.size,
@@ -96,14 +94,12 @@ def compare(
             rate=run.average_rate,
             seconds=time.monotonic() - started,
         )
-        _conclude(
-            run,
-            scene,
-            (left, right),
-            result,
+        course.reached(
             f"interrupted: {format_size(counters.done_bytes)} of {format_size(size)} compared, "
             f"{format_size(counters.differing_bytes)} of them differ",
+            result,
         )
+        _conclude(run, scene, (left, right))
     return result
 
 
@@ -140,10 +136,9 @@ def resync(
     places = places_of(source, target)
     found: list[tuple[int, int]] = []
     listen = _listeners(found if keep_ranges else None, on_difference) if dry_run else None
-    with _interruptible(f"nothing was written to {places[1]}"), ExitStack() as stack:
+    with _interruptible(f"interrupted: nothing was written to {places[1]}") as course, ExitStack() as stack:
         src = open_the_source(stack, places[0], options, write=not dry_run)
         dst = open_the_target(stack, places[1], options, src, resize=resize, dry_run=dry_run)
-        before = dst.size
         if dry_run:
             check_fit(dst, src.size, resize)
         size = min(src.size, dst.size)  # less than the source only in a dry run of a target that would grow
@@ -153,27 +148,25 @@ def resync(
         try:
             helper = start_engine(src, dst, options, size=size, write=not dry_run, recheck=verify and not dry_run)
             written = 1  # whatever ends drive() early has not been able to tell
-            run = drive(helper, progress=progress, on_difference=listen)
+            run = drive(helper, progress=progress, on_difference=listen, tail=(size, growth))
             counters = run.counters
             written = counters.written_bytes + counters.punched_bytes
-            finished = run.outcome.status == _core.OUTCOME_OK
-            if growth and finished:
-                _tell_tail(found if keep_ranges else None, on_difference, size, growth)
+            counted = growth if run.finished else 0
             result = ResyncResult(
                 source=src.name,
                 target=dst.name,
                 dry_run=dry_run,
                 size=src.size,
-                target_size=before,
+                target_size=dst.found_size,
                 created=dst.created,
-                resized=resize and not dst.device and before != src.size,
-                verified=verify and finished and not dry_run,
-                ignored_tail_bytes=before - src.size if dst.device else 0,
+                resized=not dst.device and not dst.created and dst.found_size != src.size,
+                verified=verify and run.finished and not dry_run,
+                ignored_tail_bytes=dst.size - src.size if dst.device else 0,
                 done_bytes=counters.done_bytes,
                 skipped_bytes=counters.skipped_bytes,
                 sent_bytes=counters.sent_bytes,
-                differing_bytes=counters.differing_bytes + growth,
-                differing_blocks=counters.differing_blocks + blocks_between(size, size + growth, block_size),
+                differing_bytes=counters.differing_bytes + counted,
+                differing_blocks=counters.differing_blocks + blocks_between(size, size + counted, block_size),
                 written_bytes=counters.written_bytes,
                 punched_bytes=counters.punched_bytes,
                 wire_bytes=counters.wire_out_bytes + counters.wire_in_bytes,
@@ -181,14 +174,12 @@ def resync(
                 rate=run.average_rate,
                 seconds=time.monotonic() - started,
             )
-            _conclude(
-                run,
-                scene,
-                (src, dst),
-                result,
+            course.reached(
                 f"interrupted: {format_size(counters.done_bytes)} of {format_size(size)} compared, "
-                + (f"{format_size(written)} written; {AGAIN}" if not dry_run else "nothing written (dry run)"),
+                + ("nothing written (dry run)" if dry_run else f"{format_size(written)} written; {AGAIN}"),
+                result,
             )
+            _conclude(run, scene, (src, dst))
         except BaseException:
             if written == 0 and dst.image is not None and dst.image.created and not dry_run:
                 remove_created(dst.image)
@@ -209,20 +200,6 @@ def _listeners(found: list[tuple[int, int]] | None, on_difference: OnDifference 
     return both
 
 
-def _tell_tail(
-    found: list[tuple[int, int]] | None, on_difference: OnDifference | None, offset: int, length: int
-) -> None:
-    """The part that only one of the two has. It may touch the last range; two ranges that touch are still true."""
-    if on_difference is not None:
-        on_difference(offset, length)
-    if found is None:
-        return
-    if found and sum(found[-1]) == offset:
-        offset, length = found[-1][0], found[-1][1] + length
-        found.pop()
-    found.append((offset, length))
-
-
 def _scene(source: Side, target: Side, options: Options, *, writes: bool) -> Scene:
     far = source.far or target.far
     return Scene(
@@ -230,17 +207,17 @@ def _scene(source: Side, target: Side, options: Options, *, writes: bool) -> Sce
         target=target.name,
         peer="" if far is None else far.name,
         timeout=options.timeout,
-        writes=writes,
+        again=AGAIN if writes else "run the same command again",
     )
 
 
-def _conclude(run: Run, scene: Scene, sides: tuple[Side, Side], result: object, interrupted: str) -> None:
+def _conclude(run: Run, scene: Scene, sides: tuple[Side, Side]) -> None:
     """Raises unless the run ended well. One that finished although somebody wanted it stopped did finish."""
     status = run.outcome.status
-    if status == _core.OUTCOME_OK:
+    if run.finished:
         return
     if run.interrupted or status == _core.OUTCOME_CANCELLED:
-        raise Interrupted(interrupted, result)
+        raise KeyboardInterrupt
     ending = ""
     if status == _core.OUTCOME_PEER_GONE:
         for side in sides:
@@ -250,10 +227,23 @@ def _conclude(run: Run, scene: Scene, sides: tuple[Side, Side], result: object, 
     raise error
 
 
+class _Course:
+    """What can be said truly of a run that is interrupted at this moment."""
+
+    def __init__(self, sentence: str) -> None:
+        self.sentence = sentence
+        self.result: object = None
+
+    def reached(self, sentence: str, result: object) -> None:
+        self.sentence, self.result = sentence, result
+
+
 @contextmanager
-def _interruptible(nothing_done: str) -> Iterator[None]:
-    """A KeyboardInterrupt outside the engine's run: while images are opened, a far end is reached, or all is closed."""
+def _interruptible(sentence: str) -> Iterator[_Course]:
+    """Turns a KeyboardInterrupt, whenever it comes (while images are opened, a far end is reached, the engine runs, all
+    is closed), into an Interrupted that carries how far it got."""
+    course = _Course(sentence)
     try:
-        yield
+        yield course
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted: {nothing_done}") from None
+        raise Interrupted(course.sentence, course.result) from None

@@ -36,13 +36,13 @@ AGAIN = "run the same command again: it goes on with what still differs"
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
-    """Who took part, in words for messages. `peer` is empty when both images are here."""
+    """Who took part, in words for messages. `peer` is empty when both images are here; `again` is what to do next."""
 
     source: str
     target: str
     peer: str = ""
     timeout: float = 0.0
-    writes: bool = False
+    again: str = "run the same command again"
 
 
 def error_of(outcome: _core.Outcome, scene: Scene, ending: str = "") -> MirrorpairError | None:
@@ -51,7 +51,7 @@ def error_of(outcome: _core.Outcome, scene: Scene, ending: str = "") -> Mirrorpa
     status = outcome.status
     if status in (_core.OUTCOME_OK, _core.OUTCOME_CANCELLED):
         return None
-    again = AGAIN if scene.writes else "run the same command again"
+    again = scene.again
     peer = scene.peer or "the peer"
     why = f" ({ending})" if ending else ""
     if status == _core.OUTCOME_IO:

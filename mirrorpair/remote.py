@@ -9,7 +9,7 @@ Rules:
 
 from __future__ import annotations
 
-import secrets
+import os
 from typing import TYPE_CHECKING, Self
 
 from mirrorpair import __version__, _core
@@ -43,6 +43,8 @@ class FarImage:
         self.size = welcome.size
         self.kind: Kind = welcome.kind
         self.created = welcome.created
+        found = 0 if welcome.created else welcome.size
+        self.found_size = found if welcome.before is None else welcome.before
         self.name = connection.name
         self._timeout = timeout
 
@@ -105,7 +107,7 @@ def open_far(
 
 def new_session() -> int:
     """A number that tells this session's frames from any other's; 0 would mean "adopt the peer's"."""
-    return secrets.randbits(64) or 1
+    return int.from_bytes(os.urandom(8)) or 1
 
 
 def _greet(connection: Connection, hello: bytes, timeout: float) -> Welcome:

@@ -89,8 +89,8 @@ class ResyncResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `skipped_bytes` were equal, `differing_bytes` were not; of those `written_bytes` were written and `punched_bytes`
     became holes. `sent_bytes` is the payload that travelled, or that was written here; `wire_bytes` is everything
-    that crossed the connection, both ways. `verified`: what was written has been read back from the target and is
-    right.
+    that crossed the connection, both ways. `target_size` is what the target had before, 0 when it was made.
+    `verified`: what was written has been read back from the target and is right.
     """
 
     source: str

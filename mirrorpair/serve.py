@@ -4,7 +4,8 @@ time here.
     recv hello -> may it? -> open -> send welcome -> recv start -> engine        (near half: remote.py)
 
 Rules:
-- Nothing is opened before the hello was checked whole and the path granted; nothing is written before start.
+- Nothing is opened before the hello was checked whole and the path granted; no byte is written, cut or added before
+  start.
 - A session ends in a `Served`, never in an exception: whatever a client does, the one after it is served.
 - What went wrong before the engine runs is told to the client with its exit code; from then on the engine tells.
 - A target that was made for a client that then left is removed again.
@@ -22,7 +23,15 @@ import msgspec
 
 from mirrorpair import __version__, _core
 from mirrorpair.drive import drive
-from mirrorpair.errors import Interrupted, LocalError, MirrorpairError, PeerProtocolError, PeerTimeoutError, UsageError
+from mirrorpair.errors import (
+    ImageError,
+    Interrupted,
+    LocalError,
+    MirrorpairError,
+    PeerProtocolError,
+    PeerTimeoutError,
+    UsageError,
+)
 from mirrorpair.image import Image, open_source, open_target
 from mirrorpair.messages import (
     PROTOCOL,
@@ -39,7 +48,7 @@ from mirrorpair.outcome import Scene, error_of
 from mirrorpair.text import printable
 from mirrorpair.transport import enlarge_pipe
 from mirrorpair.units import format_seconds, format_size
-from mirrorpair.unwritten import open_or_zeros, remove_created
+from mirrorpair.unwritten import open_or_zeros, remove_created, size_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,10 +123,18 @@ class Session:
                 "install the same version on both hosts"
             )
         opener = self._access.grant(hello.path, write=action == "writes")
-        with _open(hello, opener) as image:
+        before = size_of(hello.path, opener) if hello.resize else None
+        with _open(hello, opener, before) as image:
+            # A file to be resized is cut or grown only after the start: the near end may still leave, and nothing is lost.
+            size = image.size if action == "reads" or before is None or hello.size is None else hello.size
             try:
                 welcome = Welcome(
-                    protocol=protocol, version=__version__, size=image.size, kind=image.kind, created=image.created
+                    protocol=protocol,
+                    version=__version__,
+                    size=size,
+                    kind=image.kind,
+                    created=image.created,
+                    before=before,
                 )
                 self._send(_core.FRAME_WELCOME, encode(welcome), "welcome")
                 try:
@@ -125,7 +142,8 @@ class Session:
                 except (EOFError, OSError):
                     raise _Left from None
                 start = decode_start(payload)
-                _check_start(start, hello, image)
+                _check_start(start, hello, size)
+                _resize(image, size)
                 return self._engine(hello, start, image)
             except BaseException:
                 if action == "writes" and image.created and not self._written:
@@ -163,7 +181,7 @@ class Session:
             target=here if hello.role == "target" else "the other end's image",
             peer="the other end",
             timeout=start.timeout,
-            writes=hello.write,
+            again="the other end's command can then be run again",
         )
         error = error_of(run.outcome, scene)
         if error is not None:
@@ -235,20 +253,31 @@ def serve_stdio(access: Access, *, stopping: Callable[[], bool] | None = None) -
             os.close(fd)
 
 
-def _open(hello: Hello, opener: Opener | None) -> Image:
+def _open(hello: Hello, opener: Opener | None, before: int | None) -> Image:
     if hello.role == "source":
         return open_source(hello.path, opener=opener)
     if hello.write:
         assert hello.size is not None
-        return open_target(hello.path, size=hello.size, resize=hello.resize, create=hello.create, opener=opener)
+        size = hello.size if before is None else before
+        return open_target(hello.path, size=size, create=hello.create, opener=opener)
     if hello.create:
         assert hello.size is not None
         return open_or_zeros(hello.path, hello.size, opener)
     return open_source(hello.path, opener=opener)
 
 
-def _check_start(start: Start, hello: Hello, image: Image) -> None:
-    if start.size > image.size:
-        raise PeerProtocolError(f"asked to work on {start.size} bytes of an image of {image.size}")
+def _resize(image: Image, size: int) -> None:
+    if image.size == size:
+        return
+    try:
+        os.ftruncate(image.fd, size)
+    except OSError as error:
+        raise ImageError(f"{printable(image.path)} cannot be made {size} bytes long: {error.strerror}") from error
+    image.size = size
+
+
+def _check_start(start: Start, hello: Hello, size: int) -> None:
+    if start.size > size:
+        raise PeerProtocolError(f"asked to work on {start.size} bytes of an image of {size}")
     if hello.role == "target" and hello.write and start.size != hello.size:
         raise PeerProtocolError(f"asked to write {start.size} bytes after a hello for {hello.size}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,12 +24,13 @@ from mirrorpair.endpoint import LocalEndpoint, RemoteEndpoint, parse_endpoint
 from mirrorpair.errors import RefusedError, UsageError
 from mirrorpair.image import Image, open_source, open_target, same_image
 from mirrorpair.messages import MAX_THREADS, MAX_TIMEOUT_S, MIN_TIMEOUT_S, Role, Start, is_block_size
-from mirrorpair.remote import FarImage, open_far
 from mirrorpair.units import format_exact
-from mirrorpair.unwritten import open_or_zeros
+from mirrorpair.unwritten import open_or_zeros, size_of
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
+
+    from mirrorpair.remote import FarImage
 
 Location = str | os.PathLike[str]
 Place = LocalEndpoint | RemoteEndpoint
@@ -46,10 +46,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the two images, here or there."""
+    """One of the two images, here or there. `found_size`: what it had before it was made or resized."""
 
     name: str
     size: int
+    found_size: int
     device: bool
     created: bool
     image: Image | None = None
@@ -128,17 +129,17 @@ def open_the_target(
         side = _here(stack, open_or_zeros(place.path, source.size))
         _refuse_same(source, side)
         return side
-    return _here(stack, open_target(place.path, size=source.size, resize=resize, source=source.image))
+    found = size_of(place.path)
+    return _here(stack, open_target(place.path, size=source.size, resize=resize, source=source.image), found)
 
 
-def _here(stack: ExitStack, image: Image) -> Side:
-    return _side_of(stack.enter_context(image))
-
-
-def _side_of(image: Image) -> Side:
+def _here(stack: ExitStack, image: Image, found_size: int | None = None) -> Side:
+    stack.enter_context(image)
+    found = 0 if image.created else image.size
     return Side(
         name=str(LocalEndpoint(image.path)),
         size=image.size,
+        found_size=found if found_size is None or image.kind == "device" else found_size,
         device=image.kind == "device",
         created=image.created,
         image=image,
@@ -156,6 +157,9 @@ def _there(
     create: bool = False,
     resize: bool = False,
 ) -> Side:
+    # Sockets and subprocesses cost a quarter of the start; two images on this host need neither.
+    from mirrorpair.remote import open_far
+
     far = stack.enter_context(
         open_far(
             place,
@@ -169,7 +173,14 @@ def _there(
             remote_command=options.remote_command,
         )
     )
-    return Side(name=far.name, size=far.size, device=far.kind == "device", created=far.created, far=far)
+    return Side(
+        name=far.name,
+        size=far.size,
+        found_size=far.found_size,
+        device=far.kind == "device",
+        created=far.created,
+        far=far,
+    )
 
 
 def _refuse_same(first: Side, second: Side) -> None:
@@ -207,7 +218,7 @@ def start_engine(
             threads=options.threads,
             ranges=ranges,
         )
-    seed = secrets.randbits(64)
+    seed = int.from_bytes(os.urandom(8))
     far = source.far or target.far
     image = source.image or target.image
     assert far is not None

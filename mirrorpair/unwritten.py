@@ -1,4 +1,4 @@
-"""Targets that nothing is written to: what a dry run compares with, and what a failed run takes back.
+"""Targets before and without a write: what a dry run compares with, what a target was, what a failed run takes back.
 
 Rules:
 - A missing target is compared as what it would be made as: zeros. They cost no memory (a sparse memfd).
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mirrorpair.errors import ImageError, UsageError
+from mirrorpair.errors import ImageError, MirrorpairError, UsageError
 from mirrorpair.image import Image, open_source
 from mirrorpair.newfile import closed, closed_on_error
 from mirrorpair.text import printable
@@ -39,6 +40,15 @@ def open_or_zeros(path: str, size: int, opener: Opener | None = None) -> Image:
     except OSError as error:
         raise ImageError(f"{printable(path)}: zeros to compare with cannot be made: {error.strerror}") from error
     return Image(path=path, fd=fd, size=size, kind="file", created=True)
+
+
+def size_of(path: str, opener: Opener | None = None) -> int | None:
+    """The size of a file before anything is done to it; None when there is none, or it is no file. Never an error."""
+    with suppress(OSError, ValueError, MirrorpairError):
+        with closed((opener or os.open)(path, os.O_PATH | os.O_CLOEXEC, 0)) as node:
+            status = os.fstat(node)
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+    return None
 
 
 def remove_created(image: Image, opener: Opener | None = None) -> bool:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+# Programs started by tests run what is installed, not the source tree that happens to be the working folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 KIB = 1024
 MIB = 1024 * KIB

@@ -33,6 +33,11 @@ ROOT = str(Path(mirrorpair.__file__).resolve().parent.parent)
 FAR_COMMAND = f'export PYTHONPATH="{ROOT}"\nexec "{sys.executable}" -m mirrorpair "$@"'
 
 
+def environment(**options: str) -> dict[str, str]:
+    """Ours, with which a new process finds this package wherever it starts."""
+    return {**os.environ, "PYTHONPATH": ROOT, **options}
+
+
 def run_cli(*args: object, timeout: float = 120.0, **options: str) -> subprocess.CompletedProcess[str]:
     """`mirrorpair ARGS` to its end; `options` are environment variables."""
     return subprocess.run(
@@ -42,7 +47,7 @@ def run_cli(*args: object, timeout: float = 120.0, **options: str) -> subprocess
         check=False,
         timeout=timeout,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": ROOT, **options},
+        env=environment(**options),
     )
 
 
@@ -79,16 +84,17 @@ class Reader:
 
 
 class Program:
-    """`mirrorpair ARGS`, running."""
+    """`mirrorpair ARGS`, running; with `group` in a process group of its own, as a shell does it."""
 
-    def __init__(self, *args: object, **options: str) -> None:
+    def __init__(self, *args: object, group: bool = False, **options: str) -> None:
         self.process = subprocess.Popen(
             [*MIRRORPAIR, *map(str, args)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": ROOT, **options},
+            env=environment(**options),
+            process_group=0 if group else None,
         )
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -112,8 +118,8 @@ class Program:
 
 
 @contextlib.contextmanager
-def running(*args: object, **options: str) -> Iterator[Program]:
-    program = Program(*args, **options)
+def running(*args: object, group: bool = False, **options: str) -> Iterator[Program]:
+    program = Program(*args, group=group, **options)
     try:
         yield program
     finally:

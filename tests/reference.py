@@ -37,7 +37,9 @@ def differing(a: bytes, b: bytes) -> Ranges:
 
 def blocks_of(ranges: Ranges, block: int) -> int:
     """How many blocks the ranges touch."""
-    return len({number for offset, length in ranges for number in range(offset // block, (offset + length - 1) // block + 1)})
+    return len(
+        {number for offset, length in ranges for number in range(offset // block, (offset + length - 1) // block + 1)}
+    )
 
 
 def random_size(rng: random.Random) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from farside import LIMIT_S, MIRRORPAIR, closed_port, fake_ssh, run_cli, running, serving, write_script
+from farside import LIMIT_S, MIRRORPAIR, closed_port, environment, fake_ssh, run_cli, running, serving, write_script
 
 import mirrorpair
 from mirrorpair.cli import COMMANDS, run
@@ -127,7 +127,7 @@ def test_wrong_arguments_exit_2_without_a_traceback(tmp_path: Path, arguments: l
         text=True,
         check=False,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(mirrorpair.__file__))},
+        env=environment(),
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -270,7 +270,22 @@ def test_another_size_is_refused_unless_resize(make_image: MakeImage, ours: int,
     assert dry[-1]["differing_bytes"] == ours
     assert dry[-1]["resized"] is True
     assert target.stat().st_size == theirs
-    assert run_cli("resync", "--resize", source, target).returncode == 0
+    done = run_cli("resync", "--resize", source, target)
+    assert done.returncode == 0
+    assert f"was resized from {theirs} bytes to {ours} bytes" in done.stdout
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_far_target_is_resized_too(make_image: MakeImage, tmp_path: Path) -> None:
+    source = make_image("a.img", 8192, {0: b"x" * 8192})
+    target = make_image("b.img", 100_000, {0: b"y" * 100_000})
+    arguments = ("resync", "--json", "--rsh", fake_ssh(tmp_path), source, f"ssh://host{target}")
+    assert run_cli(*arguments).returncode == 12
+    assert run_cli(*arguments, "-n").returncode == 12
+    dry = lines_of(run_cli(*arguments, "-n", "--resize").stdout)[-1]
+    assert (dry["resized"], dry["target_size"], target.stat().st_size) == (True, 100_000, 100_000)
+    last = lines_of(run_cli(*arguments, "--resize").stdout)[-1]
+    assert (last["resized"], last["target_size"], last["total_bytes"]) == (True, 100_000, 8192)
     assert target.read_bytes() == source.read_bytes()
 
 
@@ -457,7 +472,8 @@ def test_an_interrupted_run_says_what_it_did_and_the_next_completes_it(
         *_, done, error = lines_of("\n".join(program.out.rest()))
         assert program.err.rest() == []
     assert (done["type"], done["finished"]) == ("progress", False)
-    assert 0 < done["done_bytes"] < BIG
+    assert 0 < done["sent_bytes"] < BIG
+    assert done["done_bytes"] < BIG
     assert (error["type"], error["code"]) == ("error", 130)
     assert target.read_bytes() != source.read_bytes()
     assert run_cli("resync", "--rsh", rsh, source, place).returncode == 0
@@ -476,7 +492,7 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path, make_image: Mak
     source = make_image("a.img", 64 << 20, dict.fromkeys(range(0, 64 << 20, 8192), b"x"))
     target = make_image("b.img", 64 << 20)
     command = [*MIRRORPAIR, "verify", "--json", str(source), str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -489,7 +505,12 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path, make_image: Mak
 def test_output_that_cannot_be_written_is_an_error(pair: tuple[Path, Path]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*MIRRORPAIR, "verify", *map(str, pair)], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [*MIRRORPAIR, "verify", *map(str, pair)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment(),
         )
     assert done.returncode == 3
     assert "No space left" in done.stderr
@@ -525,16 +546,14 @@ def test_no_colour_when_it_is_not_wanted(
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", seen)
 
 
-def _on_a_terminal(*args: object, **environment: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+def _on_a_terminal(*args: object, **options: str) -> tuple[str, subprocess.CompletedProcess[str]]:
     """Runs with stderr a terminal; what the terminal saw, and the rest."""
     main, terminal = pty.openpty()
-    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {
-        "TERM": "xterm",
-        "COLUMNS": "120",
-    }
+    env = environment(TERM="xterm", COLUMNS="120")
+    env.pop("NO_COLOR", None)
     try:
         process = subprocess.Popen(
-            [*MIRRORPAIR, *map(str, args)], stdout=subprocess.PIPE, stderr=terminal, text=True, env=env | environment
+            [*MIRRORPAIR, *map(str, args)], stdout=subprocess.PIPE, stderr=terminal, text=True, env=env | options
         )
     finally:
         os.close(terminal)
@@ -617,7 +636,7 @@ def test_the_overview_loads_nothing_heavy() -> None:
         " 'subprocess', 'socket', 'mirrorpair.offline'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, env=environment())
 
 
 def test_importing_the_package_loads_nothing_of_it() -> None:
@@ -629,7 +648,7 @@ def test_importing_the_package_loads_nothing_of_it() -> None:
         "assert callable(mirrorpair.resync) and callable(mirrorpair.compare)\n"
         "assert set(mirrorpair.__all__) <= set(dir(mirrorpair))\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment())
 
 
 def test_every_public_name_can_be_had_and_no_other() -> None:

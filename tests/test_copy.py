@@ -66,7 +66,15 @@ def connect(kind: str, near: ExitStack, far: ExitStack) -> tuple[_core.Channel, 
 
 
 def run(
-    how: str, source: Path, target: Path, *, block: int, write: bool, recheck: bool = False, threads: int = 0, rate: int = 0
+    how: str,
+    source: Path,
+    target: Path,
+    *,
+    block: int,
+    write: bool,
+    recheck: bool = False,
+    threads: int = 0,
+    rate: int = 0,
 ) -> list[_core.Helper]:
     """Runs the engine in one arrangement; every end must end well."""
     size = source.stat().st_size
@@ -78,7 +86,15 @@ def run(
         if how == "local":
             helpers = [
                 _core.Helper.local(
-                    a, b, size=size, block_size=block, write=write, recheck=recheck, rate=rate, threads=threads, ranges=ranges
+                    a,
+                    b,
+                    size=size,
+                    block_size=block,
+                    write=write,
+                    recheck=recheck,
+                    rate=rate,
+                    threads=threads,
+                    ranges=ranges,
                 )
             ]
             finish(*helpers)
@@ -97,7 +113,12 @@ def test_any_pair_of_images_is_compared_and_made_equal_like_by_the_reference(see
     rng = random.Random(seed)
     source, target = tmp_path / "source", tmp_path / "target"
     reference.random_pair(source, target, rng)
-    how, block, threads, recheck = rng.choice(["local", "unix", "pipe", "tcp"]), rng.choice(BLOCKS), rng.choice([0, 1, 3]), rng.random() < 0.3
+    how, block, threads, recheck = (
+        rng.choice(["local", "unix", "pipe", "tcp"]),
+        rng.choice(BLOCKS),
+        rng.choice([0, 1, 3]),
+        rng.random() < 0.3,
+    )
     before, old = source.read_bytes(), target.read_bytes()
     expected = reference.differing(before, old)
     size, bytes_ = len(before), sum(length for _, length in expected)
@@ -145,7 +166,8 @@ def test_thin_stays_thin_on_both_sides(how: str, tmp_path: Path, rng: random.Ran
         file.seek((1 << 30) - 8192)
         file.write(rng.randbytes(1 << 20))
     run(how, source, target, block=65536, write=True)
-    assert [helper.take_ranges() for helper in run(how, source, target, block=65536, write=False)][0] == []
+    again = run(how, source, target, block=65536, write=False)
+    assert again[0].take_ranges() == []
     assert target.stat().st_blocks * 512 <= source.stat().st_blocks * 512 + (256 << 10)
 
 

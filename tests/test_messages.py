@@ -55,6 +55,7 @@ WELCOMES = st.builds(
     size=SIZES,
     kind=st.sampled_from(["file", "device"]),
     created=st.booleans(),
+    before=st.none() | SIZES,
 )
 STARTS = st.builds(
     Start,
@@ -80,7 +81,14 @@ HELLO: dict[str, Any] = {
     "create": True,
     "resize": False,
 }
-WELCOME: dict[str, Any] = {"protocol": 1, "version": "0.1.0", "size": 4096, "kind": "file", "created": False}
+WELCOME: dict[str, Any] = {
+    "protocol": 1,
+    "version": "0.1.0",
+    "size": 4096,
+    "kind": "file",
+    "created": False,
+    "before": None,
+}
 START: dict[str, Any] = {
     "size": 4096,
     "block_size": 65536,
@@ -191,6 +199,7 @@ def test_every_proper_prefix_is_refused(name: str, whole: dict[str, Any]) -> Non
         ("welcome", WELCOME, {"size": -1}),
         ("welcome", WELCOME, {"size": 10**30}),
         ("welcome", WELCOME, {"protocol": 0}),
+        ("welcome", WELCOME, {"before": -1}),
         ("start", START, {"size": -1}),
         ("start", START, {"block_size": 0}),
         ("start", START, {"block_size": 2048}),

@@ -13,7 +13,18 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from farside import FAR_COMMAND, LIMIT_S, MIRRORPAIR, Server, fake_ssh, run_cli, running, serving, write_script
+from farside import (
+    FAR_COMMAND,
+    LIMIT_S,
+    MIRRORPAIR,
+    Server,
+    environment,
+    fake_ssh,
+    run_cli,
+    running,
+    serving,
+    write_script,
+)
 
 from mirrorpair import _core, compare, resync
 from mirrorpair.allow import Allowed, Anything
@@ -31,7 +42,15 @@ if TYPE_CHECKING:
 SIZE = 300_001
 
 
-def hello(path: object, *, role: str = "source", write: bool = False, size: int | None = None, **more: bool) -> bytes:
+def hello(
+    path: object,
+    *,
+    role: str = "source",
+    write: bool = False,
+    size: int | None = None,
+    create: bool = False,
+    resize: bool = False,
+) -> bytes:
     return encode(
         Hello(
             version="test",
@@ -39,7 +58,8 @@ def hello(path: object, *, role: str = "source", write: bool = False, size: int 
             path=str(path),
             write=write,
             size=size,
-            **more,
+            create=create,
+            resize=resize,
         )
     )
 
@@ -248,6 +268,32 @@ def test_a_client_that_leaves_before_the_start_has_made_nothing(server: Server, 
     assert not (folder / "new.img").exists()
 
 
+def test_a_client_that_leaves_before_the_start_has_cut_nothing(server: Server, folder: Path) -> None:
+    before = (folder / "a.img").read_bytes()
+    asked = hello(folder / "a.img", role="target", write=True, size=10, resize=True)
+    kind, answer = ask(server, asked)
+    assert kind == _core.FRAME_WELCOME
+    assert (decode_welcome(answer).size, decode_welcome(answer).before) == (10, SIZE)
+    server.err.wait_for("left before the start")
+    assert (folder / "a.img").read_bytes() == before
+
+
+def test_a_resize_that_is_not_possible_is_told(server: Server, folder: Path) -> None:
+    too_large = 2**63 - 1  # more than any file system's largest file
+    with server.connect() as connection:
+        channel = _core.Channel(connection.fileno(), connection.fileno(), 7)
+        asked = hello(folder / "a.img", role="target", write=True, size=too_large, resize=True)
+        channel.send(_core.FRAME_HELLO, asked, LIMIT_S)
+        kind, _ = channel.recv(LIMIT_S)
+        if kind == _core.FRAME_WELCOME:
+            start = Start(size=too_large, block_size=65536, seed=1, timeout=5.0)
+            channel.send(_core.FRAME_START, encode(start), LIMIT_S)
+            kind, answer = channel.recv(LIMIT_S)
+            assert decode_failure(answer).code == 1
+        assert kind == _core.FRAME_ERROR
+    assert (folder / "a.img").stat().st_size == SIZE
+
+
 def test_a_dry_run_makes_nothing_there(server: Server, folder: Path) -> None:
     result = resync(folder / "a.img", server.url(folder / "new.img"), dry_run=True)
     assert result.created
@@ -410,7 +456,8 @@ def test_garbage_clients_do_not_stop_a_good_one(server: Server, folder: Path, rn
 
 
 def test_a_flood_of_bad_clients_does_not_flood_the_log() -> None:
-    now, lines = [0.0], []
+    now = [0.0]
+    lines: list[str] = []
     limit = LineLimit(lines.append, clock=lambda: now[0])
     for number in range(1000):
         limit.line(f"bad {number}")
@@ -463,7 +510,7 @@ def test_beyond_loopback_it_refuses_without_insecure(tmp_path: Path, address: st
 
 def test_insecure_listens_everywhere(tmp_path: Path) -> None:
     with running("serve", "--listen", "0.0.0.0:0", "--insecure", "--allow", tmp_path) as program:
-        assert program.out.wait_for(r"^listening 0\.0\.0\.0:[1-9]\d*$")
+        program.out.wait_for(r"^listening 0\.0\.0\.0:[1-9]\d*$")
         assert program.end() == 0
 
 
@@ -501,7 +548,12 @@ def test_stdio_needs_a_peer_not_a_person() -> None:
     main, terminal = os.openpty()
     try:
         done = subprocess.run(
-            [*MIRRORPAIR, "serve", "--stdio"], stdin=terminal, capture_output=True, text=True, check=False
+            [*MIRRORPAIR, "serve", "--stdio"],
+            stdin=terminal,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
         )
     finally:
         os.close(main)

@@ -223,6 +223,17 @@ def raise_interrupt_on_termination() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
+def show_warnings(settings: Settings) -> None:
+    """What the package has to say by logging goes to stderr as the notes do."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mirrorpair: %(message)s"))
+    logger = logging.getLogger("mirrorpair")
+    logger.handlers = [handler]
+    logger.setLevel(logging.ERROR if settings.quiet else logging.INFO if settings.verbose else logging.WARNING)
+
+
 def write_line(text: str) -> None:
     """One line of data."""
     sys.stdout.write(text + "\n")

@@ -11,6 +11,7 @@ from mirrorpair.cli.common import (
     Settings,
     common_options,
     raise_interrupt_on_termination,
+    show_warnings,
     transfer_options,
     two_images,
 )
@@ -83,6 +84,7 @@ def command(
     """
     source, target = two_images("resync", images)
     raise_interrupt_on_termination()
+    show_warnings(settings)
 
     from mirrorpair.cli.progress import reporter
     from mirrorpair.errors import Interrupted
@@ -128,10 +130,6 @@ def _summary(result: ResyncResult, block_size: int) -> list[str]:
         )
         if result.created:
             lines.append(f"{result.target} does not exist and would be made")
-        elif result.resized:
-            lines.append(
-                f"{result.target} would be made {format_exact(result.size)}, from {format_exact(result.target_size)}"
-            )
     else:
         wire = f", {format_size(result.wire_bytes)} on the wire" if result.wire_bytes else ""
         checked = ", read back and right" if result.verified else ""
@@ -140,6 +138,11 @@ def _summary(result: ResyncResult, block_size: int) -> list[str]:
             f"{format_size(result.written_bytes)} written, "
             f"{format_size(result.punched_bytes)} made holes{checked}{wire}; "
             f"{took}"
+        )
+    if result.resized:
+        done = "would be" if result.dry_run else "was"
+        lines.append(
+            f"{result.target} {done} resized from {format_exact(result.target_size)} to {format_exact(result.size)}"
         )
     if result.ignored_tail_bytes:
         lines.append(

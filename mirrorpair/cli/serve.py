@@ -97,10 +97,13 @@ def _stdio(settings: Settings, allow: list[str], *, read_only: bool) -> int:
         access: Allowed | Anything = Anything(read_only=read_only)
         if allow:
             access = stack.enter_context(Allowed(allow, read_only=read_only))
-        served = serve_stdio(access)
+        try:
+            served = serve_stdio(access)
+        except KeyboardInterrupt:  # a Ctrl-C reaches both ends of a local --rsh; the near one tells it
+            return INTERRUPTED
     if settings.verbose:
         note(settings, served.text)
-    return INTERRUPTED if served.code == INTERRUPTED else served.code
+    return served.code
 
 
 def _listen(settings: Settings, address: str, allow: list[str], *, read_only: bool, insecure: bool) -> int:

@@ -11,6 +11,7 @@ from mirrorpair.cli.common import (
     Settings,
     common_options,
     raise_interrupt_on_termination,
+    show_warnings,
     transfer_options,
     two_images,
 )
@@ -71,6 +72,7 @@ def command(
     settings.failed = FAILED
     a, b = two_images("verify", images)
     raise_interrupt_on_termination()
+    show_warnings(settings)
 
     from mirrorpair.cli.progress import reporter
     from mirrorpair.errors import Interrupted

@@ -1,0 +1,183 @@
+"""A wire that can be told to go wrong: passes bytes on between two sockets, and at one byte of one direction does damage.
+
+Rules:
+- Byte-exact: whatever chunks the kernel makes, the damage happens at the stated offset of that direction's stream.
+- What each direction was given and what it passed on is kept, so that a test knows what was really done to the line.
+- The end of a stream is passed on as one. Nothing outlives the `with`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIMIT_S = 20.0
+
+Kind = Literal["none", "flip", "cut", "drop", "duplicate", "insert", "stall"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """`kind` at byte `offset` of what travels from the first socket to the second, or (`back`) the other way.
+
+    flip       bit `bit` of that byte             cut        both directions end before that byte
+    drop       `length` bytes from there on       duplicate  the `length` bytes before it come once more
+    insert     `garbage` goes in front of it      stall      nothing passes from there on, nothing ends either
+    """
+
+    kind: Kind = "none"
+    offset: int = 0
+    back: bool = False
+    bit: int = 0
+    length: int = 1
+    garbage: bytes = b"\xff"
+
+
+@dataclass
+class Stream:
+    """One direction."""
+
+    damage: Damage | None
+    given: bytearray = field(default_factory=bytearray)
+    passed: bytearray = field(default_factory=bytearray)
+    reached: threading.Event = field(default_factory=threading.Event)
+
+    def pass_on(self, chunk: bytes) -> tuple[bytes, bool]:
+        """What goes out for `chunk`, and whether the line is alive behind it."""
+        begin = len(self.given)
+        self.given += chunk
+        out, alive = self._damaged(chunk, begin)
+        self.passed += out
+        return out, alive
+
+    def _damaged(self, chunk: bytes, begin: int) -> tuple[bytes, bool]:
+        damage = self.damage
+        if damage is None or damage.kind == "none":
+            return chunk, True
+        at = damage.offset - begin
+        if damage.kind == "drop":
+            first, last = max(0, at), max(0, at + damage.length)
+            if first < len(chunk) and last > 0:
+                self.reached.set()
+            return chunk[:first] + chunk[last:], True
+        if not 0 <= at < len(chunk):
+            return chunk, True
+        self.reached.set()
+        before, behind = chunk[:at], chunk[at:]
+        if damage.kind == "flip":
+            return before + bytes([behind[0] ^ 1 << damage.bit]) + behind[1:], True
+        if damage.kind == "insert":
+            return before + damage.garbage + behind, True
+        if damage.kind == "duplicate":
+            end = begin + at
+            return before + bytes(self.given[max(0, end - damage.length) : end]) + behind, True
+        return before, False
+
+    @property
+    def intact(self) -> int:
+        """How many bytes at the beginning arrived as they were sent."""
+        shared = min(len(self.given), len(self.passed))
+        if self.given[:shared] == self.passed[:shared]:
+            return shared
+        return next(i for i, (a, b) in enumerate(zip(self.given, self.passed, strict=False)) if a != b)
+
+
+class Relay:
+    """Owns both sockets from the start on."""
+
+    def __init__(self, first: socket.socket, second: socket.socket, damage: Damage) -> None:
+        self.forth = Stream(None if damage.back else damage)
+        self.back = Stream(damage if damage.back else None)
+        self._damage = damage
+        self._sockets = (first, second)
+        for sock in self._sockets:
+            sock.settimeout(None)
+        self._threads = [
+            threading.Thread(target=self._run, args=(first, second, self.forth), daemon=True),
+            threading.Thread(target=self._run, args=(second, first, self.back), daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, source: socket.socket, sink: socket.socket, stream: Stream) -> None:
+        with contextlib.suppress(OSError):  # one of the two has hung up: nobody is left to pass anything on to
+            while chunk := source.recv(1 << 18):
+                out, alive = stream.pass_on(chunk)
+                sink.sendall(out)
+                if alive:
+                    continue
+                if self._damage.kind == "cut":
+                    self._shut()
+                return
+            sink.shutdown(socket.SHUT_WR)
+
+    def _shut(self) -> None:
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._shut()
+        for thread in self._threads:
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+        for sock in self._sockets:
+            sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Line:
+    """A port of this host that leads to another one, through a Relay, for one connection."""
+
+    def __init__(self, port: int, damage: Damage) -> None:
+        self.relay: Relay | None = None
+        self._to = port
+        self._damage = damage
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(LIMIT_S)
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed before anybody came
+            near, _ = self._listener.accept()
+            far = socket.create_connection(("127.0.0.1", self._to), LIMIT_S)
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.relay = Relay(near, far, self._damage)
+
+    @property
+    def streams(self) -> tuple[Stream, Stream]:
+        """What went to the server, and what came back."""
+        self._thread.join(LIMIT_S)
+        assert self.relay is not None, "nobody connected"
+        return self.relay.forth, self.relay.back
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._thread.join(LIMIT_S)
+        if self.relay is not None:
+            self.relay.close()
+
+
+@contextlib.contextmanager
+def line(port: int, damage: Damage | None = None) -> Iterator[Line]:
+    made = Line(port, damage or Damage())
+    try:
+        yield made
+    finally:
+        made.close()
