@@ -125,7 +125,7 @@ class Session:
         opener = self._access.grant(hello.path, write=action == "writes")
         before = size_of(hello.path, opener) if hello.resize else None
         with _open(hello, opener, before) as image:
-            # A file to be resized is cut or grown only after the start: the near end may still leave, and nothing is lost.
+            # A file is cut or grown only after the start: until then the near end may leave, and nothing is lost.
             size = image.size if action == "reads" or before is None or hello.size is None else hello.size
             try:
                 welcome = Welcome(
