@@ -59,6 +59,24 @@ static mp_status compare_block(window_job *w, const uint8_t *source, const uint8
     return MP_OK;
 }
 
+static void pause_ns(mp_copy *copy, uint64_t nanoseconds)
+{
+    for (uint64_t until = mp_now_ns() + nanoseconds, now; (now = mp_now_ns()) < until && !mp_copy_cancelled(copy);) {
+        uint64_t part = mp_min(until - now, 50000000u);
+        nanosleep(&(struct timespec){.tv_nsec = (long)part}, NULL);
+    }
+}
+
+/* Under a rate limit each block is written at once and paid for before the next. */
+static mp_status pace(mp_copy *copy, mp_store *store, mp_fault *fault)
+{
+    uint64_t before = store->written;
+    mp_status status = mp_store_flush(store, fault);
+    if (!status)
+        pause_ns(copy, mp_copy_pace(copy, store->written - before));
+    return !status && mp_copy_cancelled(copy) ? MP_CANCELLED : status;
+}
+
 static mp_status compare_window(mp_worker *worker, void *argument)
 {
     window_job *w = argument;
@@ -87,6 +105,8 @@ static mp_status compare_window(mp_worker *worker, void *argument)
                 status = mp_reader_get(&worker->target, at, length, span_end - at, &target, &w->fault);
             if (!status)
                 status = compare_block(w, source, target, at, length, write ? &store : NULL);
+            if (!status && copy->rate)
+                status = pace(copy, &store, &w->fault);
             if (status)
                 return status;
         }
@@ -97,14 +117,6 @@ static mp_status compare_window(mp_worker *worker, void *argument)
     w->written = store.written;
     w->punched = store.punched;
     return MP_OK;
-}
-
-static void pause_ns(mp_copy *copy, uint64_t nanoseconds)
-{
-    for (uint64_t until = mp_now_ns() + nanoseconds, now; (now = mp_now_ns()) < until && !mp_copy_cancelled(copy);) {
-        uint64_t part = mp_min(until - now, 50000000u);
-        nanosleep(&(struct timespec){.tv_nsec = (long)part}, NULL);
-    }
 }
 
 static void run_window(mp_job *job, void *argument)
@@ -129,7 +141,6 @@ static void run_window(mp_job *job, void *argument)
             differs = differs || mp_bit(w->pieces, (uint32_t)piece);
         w->differing_blocks += differs;
     }
-    pause_ns(copy, mp_copy_pace(copy, w->written));
 }
 
 /* The next window in which either image has data (or, re-checking, something was written). False: none is left. */

@@ -42,10 +42,11 @@ typedef struct unit {
     mp_fault fault;
 } unit;
 
-typedef struct want_frame { /* one WANT, worked off a slot at a time */
+typedef struct want_frame { /* one WANT, worked off by several slots at once */
     struct want_frame *next;
     mp_frame frame;
-    uint32_t at;
+    uint32_t at;    /* entries before it were given to slots */
+    uint32_t slots; /* that still work on it */
     uint8_t meta[];
 } want_frame;
 
@@ -55,7 +56,7 @@ typedef struct slot { /* one DATA or MARKS frame */
     struct source *owner;
     bool busy;
     want_frame *want;
-    uint32_t next_at; /* where this slot stopped reading `want` */
+    uint32_t at, end; /* the part of the WANT's entries that this slot answers */
     uint32_t entries, answered;
     uint64_t data_length;
     uint8_t *meta, *data;
@@ -75,6 +76,7 @@ typedef struct source {
     unsigned bulk_open, bulk_run;
     uint32_t recent_present, recent_wanted; /* blocks of the last settled windows, halved now and then */
     slot slots[SLOTS];
+    unsigned answering; /* slots in the workers' hands */
     want_frame *wants, **wants_last;
     uint64_t wants_bytes;
     want_frame *receiving;
@@ -231,24 +233,15 @@ static mp_status answer(mp_worker *worker, slot *t, const unit *u, const mp_want
 static mp_status fill_slot(mp_worker *worker, void *argument)
 {
     slot *t = argument;
-    want_frame *w = t->want;
+    const want_frame *w = t->want;
     const unit *u = unit_of(t->owner, w->frame.count);
-    uint32_t at = w->at;
-    while (at < w->frame.meta) {
+    for (uint32_t at = t->at; at < t->end;) {
         mp_want want;
-        uint32_t before = at;
-        MP_ASSERT(mp_want_next(&u->shape, w->meta, w->frame.meta, &at, &want)); /* checked when it came in */
-        if (want.kind == MP_WANT_ZERO)
-            continue;
-        if (t->data_length + u->shape.block > MP_BULK || (t->entries + 1) * MP_DATA_ENTRY > MP_DATA_META_MAX) {
-            at = before;
-            break;
-        }
-        mp_status status = answer(worker, t, u, &want);
+        MP_ASSERT(mp_want_next(&u->shape, w->meta, t->end, &at, &want)); /* checked when it came in */
+        mp_status status = want.kind == MP_WANT_ZERO ? MP_OK : answer(worker, t, u, &want);
         if (status)
             return status;
     }
-    t->next_at = at;
     return MP_OK;
 }
 
@@ -299,7 +292,7 @@ static void slot_sent(mp_outgoing *out)
 
 static bool mostly_differs(const source *s)
 {
-    return s->copy->write && !s->recheck && s->recent_present >= 64 && s->recent_wanted >= s->recent_present - s->recent_present / 8;
+    return s->copy->write && !s->recheck && (!s->copy->rate || s->copy->rate >= 8 * MP_BULK) && s->recent_present >= 64 && s->recent_wanted >= s->recent_present - s->recent_present / 8;
 }
 
 /* Plans one unit and hands it to the workers. False: nothing is left, or nothing may be begun now. */
@@ -387,7 +380,22 @@ static bool plan(source *s)
     return true;
 }
 
-/* Gives the next WANT to a free slot. False: no want, no slot. */
+/* Where the part of a WANT ends that one slot can surely answer: so many blocks as fit its data, and under a rate limit not
+ * more than an eighth of a second of it. The oldest unit is finished before the next: its end is progress. */
+static uint32_t cut(const source *s, const want_frame *w)
+{
+    const unit *u = &s->units[w->frame.count % MP_UNITS];
+    uint64_t room = s->copy->rate ? mp_min(MP_BULK, mp_max(s->copy->rate / 8, u->shape.block)) : MP_BULK;
+    uint32_t at = w->at;
+    mp_want want;
+    for (uint64_t data = 0; at < w->frame.meta && data + u->shape.block <= room;) {
+        MP_ASSERT(mp_want_next(&u->shape, w->meta, w->frame.meta, &at, &want)); /* checked when it came in */
+        data += want.kind == MP_WANT_ZERO ? 0 : u->shape.block;
+    }
+    return at;
+}
+
+/* Gives the next part of the oldest WANT to a free slot. False: no want, no slot. */
 static bool serve_want(source *s)
 {
     want_frame *w = s->wants;
@@ -402,10 +410,14 @@ static bool serve_want(source *s)
         t->owner = s;
         t->busy = true;
         t->want = w;
+        t->at = w->at;
+        t->end = w->at = cut(s, w);
+        w->slots++;
         t->entries = t->answered = 0;
         t->data_length = 0;
-        if (!(s->wants = w->next)) /* comes back to the front if the slot cannot take all of it */
+        if (w->at == w->frame.meta && !(s->wants = w->next)) /* all of it is in work; freed by its last slot */
             s->wants_last = &s->wants;
+        s->answering++;
         mp_pool_submit(&s->copy->pool, &t->job);
         return true;
     }
@@ -418,7 +430,7 @@ static void pump(mp_session *session)
     mp_copy *copy = s->copy;
     if (s->paused_until_ns && mp_now_ns() < s->paused_until_ns)
         return; /* the rate limit; the tick comes back */
-    while (!session->closing && serve_want(s))
+    while (!session->closing && !(copy->rate && s->answering) && serve_want(s))
         ;
     while (!session->closing && !s->wants && session->chan->queued_bytes < QUEUE_MAX && plan(s))
         if (s->paused_until_ns > mp_now_ns())
@@ -438,8 +450,8 @@ static void pump(mp_session *session)
 static void slot_finished(source *s, slot *t)
 {
     want_frame *w = t->want;
+    s->answering--;
     if (t->status) {
-        free(w);
         mp_session_fail(&s->session, &t->fault);
         return;
     }
@@ -456,13 +468,7 @@ static void slot_finished(source *s, slot *t)
                 mp_bit_set(u->differ, (uint32_t)(first + (uint64_t)__builtin_ctzll(left)));
         }
     }
-    if (t->next_at < w->frame.meta) {
-        w->at = t->next_at;
-        w->next = s->wants;
-        if (!s->wants)
-            s->wants_last = &w->next;
-        s->wants = w;
-    } else {
+    if (--w->slots == 0 && w->at == w->frame.meta) {
         s->wants_bytes -= w->frame.meta;
         free(w);
     }
@@ -557,7 +563,7 @@ static void on_want(source *s, const mp_frame *frame)
         return;
     }
     w->frame = *frame;
-    w->at = 0;
+    w->at = w->slots = 0;
     w->next = NULL;
     *s->wants_last = w;
     s->wants_last = &w->next;

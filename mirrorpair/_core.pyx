@@ -6,7 +6,7 @@ EOFError for the connection. What a copy run met is not raised but told by `Help
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -134,6 +134,9 @@ cdef extern from "helper.h" nogil:
     unsigned mp_helper_poll(mp_helper *, int)
     void mp_helper_cancel(mp_helper *)
     void mp_helper_close(mp_helper *, mp_fault *)
+
+cdef enum:
+    HANDSHAKE_MAX = 16384  # bytes of a handshake frame's payload
 
 PROTOCOL = 1
 FRAME_HELLO = MP_FRAME_HELLO
@@ -294,6 +297,7 @@ cdef class Channel:
     """
 
     cdef mp_chan chan
+    cdef uint8_t payload[HANDSHAKE_MAX]  # outlives a call: a payload that came half before a time-out goes on arriving
 
     def __cinit__(self, int fd_in, int fd_out, uint64_t session=0):
         if not mp_chan_init(&self.chan, fd_in, fd_out, session):
@@ -312,8 +316,8 @@ cdef class Channel:
         cdef uint32_t length = <uint32_t>len(payload)
         cdef int milliseconds = <int>(min(max(timeout, 0.0), 86400.0) * 1000)
         cdef mp_chan_result result
-        if len(payload) > 16384:
-            raise ValueError("a handshake frame holds at most 16384 bytes")
+        if len(payload) > HANDSHAKE_MAX:
+            raise ValueError(f"a handshake frame holds at most {HANDSHAKE_MAX} bytes")
         with nogil:
             result = mp_chan_send_wait(&self.chan, kind, data, length, milliseconds)
         self._raise(result)
@@ -321,24 +325,18 @@ cdef class Channel:
     def recv(self, double timeout, uint32_t max_payload=16384):
         """Receives one handshake frame: (kind, payload). TimeoutError, EOFError, ConnectionError, ProtocolError."""
         cdef mp_chan_result result = MP_CHAN_AGAIN
-        cdef int part
-        cdef double left = min(max(timeout, 0.0), 86400.0) * 1000
-        memory = bytearray(max_payload + 1)
-        cdef Py_buffer view
-        PyObject_GetBuffer(memory, &view, PyBUF_WRITABLE)
-        try:
-            while True:  # in slices, so that Ctrl-C is heard
-                part = <int>min(left, 100.0)
-                with nogil:
-                    result = mp_chan_receive_wait(&self.chan, view.buf, max_payload, part)
-                left -= part
-                if result != MP_CHAN_AGAIN or left <= 0:
-                    break
-                PyErr_CheckSignals()
-        finally:
-            PyBuffer_Release(&view)
+        cdef uint32_t capacity = min(max_payload, <uint32_t>HANDSHAKE_MAX)
+        cdef int left = <int>(min(max(timeout, 0.0), 86400.0) * 1000), part
+        while True:  # in slices, so that Ctrl-C is heard
+            part = min(left, 100)
+            with nogil:
+                result = mp_chan_receive_wait(&self.chan, self.payload, capacity, part)
+            left -= part
+            if result != MP_CHAN_AGAIN or left <= 0:
+                break
+            PyErr_CheckSignals()
         self._raise(result)
-        return self.chan.frame.type, bytes(memory[: self.chan.frame.length])
+        return self.chan.frame.type, PyBytes_FromStringAndSize(<char *>self.payload, self.chan.frame.length)
 
     cdef _raise(self, mp_chan_result result):
         if result == MP_CHAN_AGAIN:

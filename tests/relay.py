@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LIMIT_S = 20.0
 
-Kind = Literal["none", "flip", "cut", "drop", "duplicate", "insert", "stall"]
+Kind = Literal["none", "flip", "cut", "drop", "duplicate", "insert", "stall", "hold"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Damage:
     flip       bit `bit` of that byte             cut        both directions end before that byte
     drop       `length` bytes from there on       duplicate  the `length` bytes before it come once more
     insert     `garbage` goes in front of it      stall      nothing passes from there on, nothing ends either
+    hold       it and what follows wait for `release`, then pass as they are
     """
 
     kind: Kind = "none"
@@ -47,6 +48,7 @@ class Stream:
     given: bytearray = field(default_factory=bytearray)
     passed: bytearray = field(default_factory=bytearray)
     reached: threading.Event = field(default_factory=threading.Event)
+    release: threading.Event = field(default_factory=threading.Event)
 
     def pass_on(self, chunk: bytes) -> tuple[bytes, bool]:
         """What goes out for `chunk`, and whether the line is alive behind it."""
@@ -56,9 +58,16 @@ class Stream:
         self.passed += out
         return out, alive
 
+    def held_at(self, length: int) -> int | None:
+        """Where in the next `length` bytes the line is to wait."""
+        if self.damage is None or self.damage.kind != "hold":
+            return None
+        at = self.damage.offset - len(self.given)
+        return at if 0 <= at < length else None
+
     def _damaged(self, chunk: bytes, begin: int) -> tuple[bytes, bool]:
         damage = self.damage
-        if damage is None or damage.kind == "none":
+        if damage is None or damage.kind in ("none", "hold"):
             return chunk, True
         at = damage.offset - begin
         if damage.kind == "drop":
@@ -108,6 +117,11 @@ class Relay:
     def _run(self, source: socket.socket, sink: socket.socket, stream: Stream) -> None:
         with contextlib.suppress(OSError):  # one of the two has hung up: nobody is left to pass anything on to
             while chunk := source.recv(1 << 18):
+                if (at := stream.held_at(len(chunk))) is not None:
+                    sink.sendall(stream.pass_on(chunk[:at])[0])
+                    chunk = chunk[at:]
+                    stream.reached.set()
+                    stream.release.wait()
                 out, alive = stream.pass_on(chunk)
                 sink.sendall(out)
                 if alive:
@@ -124,6 +138,8 @@ class Relay:
 
     def close(self) -> None:
         self._shut()
+        for stream in (self.forth, self.back):
+            stream.release.set()
         for thread in self._threads:
             thread.join(LIMIT_S)
             assert not thread.is_alive()

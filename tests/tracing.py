@@ -19,7 +19,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import uuid
 from functools import cache
 from pathlib import Path
@@ -66,8 +65,8 @@ def need_strace() -> str:
 
 
 def command(log: Path | str, *rules: str) -> list[str]:
-    """The words in front of a command that trace it and its children."""
-    return [need_strace(), "-f", "-qq", "-o", str(log), *_flags(rules)]
+    """The words in front of a command that trace it and its helpers, but not the far end that it starts (-b execve)."""
+    return [need_strace(), "-f", "-qq", "-b", "execve", "-o", str(log), *_flags(rules)]
 
 
 def _flags(rules: Sequence[str]) -> list[str]:
@@ -100,14 +99,6 @@ def attached(pid: int, log: Path, *rules: str) -> Iterator[None]:
 def happened(log: Path) -> bool:
     """Whether somebody was killed in the traced run."""
     return "+++ killed by SIGKILL" in log.read_text(encoding="utf-8", errors="replace")
-
-
-def counts(log: Path) -> dict[str, int]:
-    """The most that one thread made of each call."""
-    found: dict[tuple[str, str], int] = {}
-    for entry in re.finditer(r"^(\d+) +([a-z]\w*)\(", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
-        found[entry[1], entry[2]] = found.get((entry[1], entry[2]), 0) + 1
-    return {call: max(n for (_, name), n in found.items() if name == call) for _, call in found}
 
 
 class Marked:
@@ -189,10 +180,6 @@ def _too_long(*_: object) -> None:
     raise AssertionError("the image is still locked")
 
 
-def wait_for_write(path: Path) -> Watch:
-    return Watch(path)
-
-
 class Watch:
     """Tells of the first write to a file, by inotify; made before the writer starts."""
 
@@ -242,6 +229,3 @@ class Stops:
     def __exit__(self, *_: object) -> None:
         os.close(self._read)
         os.close(self._write)
-
-
-PYTHON = sys.executable
