@@ -99,6 +99,8 @@ static mp_status compare_window(mp_worker *worker, void *argument)
                 w->skipped += length;
                 continue;
             }
+            if (!status && !source_hole && !mp_reader_keeps(&worker->source, at, length))
+                status = mp_store_flush(&store, &w->fault); /* the run being gathered points into what is about to go */
             if (!status && !source_hole)
                 status = mp_reader_get(&worker->source, at, length, span_end - at, &source, &w->fault);
             if (!status && !target_hole)
@@ -110,10 +112,10 @@ static mp_status compare_window(mp_worker *worker, void *argument)
             if (status)
                 return status;
         }
-        mp_status status = mp_store_flush(&store, &w->fault); /* a run may point into the readers' buffers */
-        if (status)
-            return status;
     }
+    mp_status status = mp_store_flush(&store, &w->fault);
+    if (status)
+        return status;
     w->written = store.written;
     w->punched = store.punched;
     return MP_OK;

@@ -43,11 +43,28 @@ void mp_reader_begin(mp_reader *reader, const mp_image *image, uint64_t offset, 
     reader->offset = offset;
     reader->length = length;
     reader->buffer_length = 0;
-    if (image->always_cold || mp_disk_cached(image->fd, offset, length, length) < length / 2)
+    reader->chosen = reader->chosen_end = 0;
+    reader->unmappable = false;
+}
+
+/* Decides about the run of data at `offset`: the extent if it is known, else the rest of the window. */
+static void choose(mp_reader *reader, uint64_t offset)
+{
+    const mp_image *image = reader->image;
+    uint64_t window_end = reader->offset + reader->length;
+    bool known = offset >= reader->hole && offset < reader->extent_end;
+    uint64_t data = known ? mp_max(offset, reader->extent) : offset;
+    reader->chosen = offset;
+    reader->chosen_end = known ? mp_min(reader->extent_end, window_end) : window_end;
+    uint64_t length = reader->chosen_end - data;
+    reader->warm = !image->always_cold && !reader->unmappable && mp_disk_cached(image->fd, data, length, length) >= length / 2;
+    if (!reader->warm || reader->map)
         return;
-    void *map = mmap(NULL, length, PROT_READ, MAP_SHARED, image->fd, (off_t)offset);
-    if (map != MAP_FAILED) /* no address space, or a file system without mmap: read instead */
+    void *map = mmap(NULL, reader->length, PROT_READ, MAP_SHARED, image->fd, (off_t)reader->offset);
+    if (map != MAP_FAILED)
         reader->map = map;
+    else
+        reader->warm = false, reader->unmappable = true;
 }
 
 void mp_reader_end(mp_reader *reader)
@@ -108,11 +125,14 @@ mp_status mp_reader_get(mp_reader *reader, uint64_t offset, uint64_t length, uin
                         mp_fault *fault)
 {
     MP_ASSERT(length && length <= MP_BULK && offset >= reader->offset && offset + length <= reader->offset + reader->length);
-    if (reader->map) {
+    if (offset < reader->chosen || offset >= reader->chosen_end)
+        choose(reader, offset);
+    if (reader->warm) {
         *data = reader->map + (offset - reader->offset);
         return MP_OK;
     }
     if (offset < reader->buffer_offset || offset + length > reader->buffer_offset + reader->buffer_length) {
+        ahead = mp_min(ahead, mp_ceil_div(reader->chosen_end - offset, MP_PIECE) * MP_PIECE);
         uint64_t fetch = mp_min(mp_min(mp_max(length, ahead), MP_BULK), reader->offset + reader->length - offset);
         mp_status status = fill(reader, offset, fetch, fault);
         if (status)
@@ -120,6 +140,13 @@ mp_status mp_reader_get(mp_reader *reader, uint64_t offset, uint64_t length, uin
     }
     *data = reader->buffer + (offset - reader->buffer_offset);
     return MP_OK;
+}
+
+bool mp_reader_keeps(const mp_reader *reader, uint64_t offset, uint64_t length)
+{
+    if (offset < reader->chosen || offset >= reader->chosen_end)
+        return false;
+    return reader->warm || (offset >= reader->buffer_offset && offset + length <= reader->buffer_offset + reader->buffer_length);
 }
 
 mp_status mp_reader_is_hole(mp_reader *reader, uint64_t offset, uint64_t length, bool *is_hole, mp_fault *fault)

@@ -172,6 +172,24 @@ def test_thin_stays_thin_on_both_sides(how: str, tmp_path: Path, rng: random.Ran
 
 
 @pytest.mark.parametrize("how", ["local", "unix"])
+def test_cold_images_of_many_small_extents_are_read_right(how: str, tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    for path in (source, target):
+        path.write_bytes(b"")
+        os.truncate(path, 24 << 20)
+    with source.open("r+b") as file:
+        for offset in range(0, 24 << 20, 128 << 10):  # half data, half hole; every extent begins at its own place
+            file.seek(offset + rng.randrange(16) * 4096)
+            file.write(rng.randbytes(64 << 10))
+    reference.forget(source)
+    for warm in (False, True):
+        run(how, source, target, block=65536, write=True)
+        assert target.read_bytes() == source.read_bytes(), f"warm={warm}"
+        with target.open("r+b") as file:
+            file.write(rng.randbytes(24 << 20))
+
+
+@pytest.mark.parametrize("how", ["local", "unix"])
 def test_an_equal_block_is_never_rewritten_so_a_preallocated_target_stays_as_it_is(how: str, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"")

@@ -223,6 +223,7 @@ class Way:
     prefix: list[str]
     server: Server | None
     folder: Path
+    tracer: ExitStack
 
     def run(self) -> tuple[int, str, str]:
         with marked_command("resync", "--threads", "1", *self.options, *self.sides, prefix=self.prefix) as ran:
@@ -231,6 +232,7 @@ class Way:
         return result
 
     def again(self) -> None:
+        self.tracer.close()
         if self.server is not None:
             wait_until_gone(helpers_of(self.server))
         self.images.again(*self.sides, rsh=fake_ssh(self.folder) if self.options else None)
@@ -249,6 +251,7 @@ def way(images: Images, transport: str, direction: str, victim: str, log: Path, 
     """A command ready to run, with `rules` laid on its near or its far end."""
     folder = log.parent
     with ExitStack() as stack:
+        tracer = stack.enter_context(ExitStack())
         prefix = command(log, *rules) if victim == "near" else []
         options: list[str] = []
         server = None
@@ -256,7 +259,7 @@ def way(images: Images, transport: str, direction: str, victim: str, log: Path, 
             server = stack.enter_context(serving("--allow", folder))
             url = server.url
             if victim == "far":
-                stack.enter_context(attached(server.process.pid, log, *rules))
+                tracer.enter_context(attached(server.process.pid, log, *rules))
         elif transport == "rsh":
             if victim == "far":
                 words = " ".join(f"'{word}'" for word in command(log, *rules))
@@ -269,14 +272,14 @@ def way(images: Images, transport: str, direction: str, victim: str, log: Path, 
         sides = (str(images.source), str(images.target))
         if transport != "local":
             sides = (sides[0], url(sides[1])) if direction == "push" else (url(sides[0]), sides[1])
-        yield Way(images, sides, options, prefix, server, folder)
+        yield Way(images, sides, options, prefix, server, folder, tracer)
 
 
 def ssh_url(path: object) -> str:
     return f"ssh://host{path}"
 
 
-LOCAL = [("pwrite64", 1), ("pwrite64", 2), ("pwrite64", 4), ("pwrite64", 8), ("fallocate", 1), ("fallocate", 3), ("fdatasync", 1)]
+LOCAL = [("pwrite64", 1), ("pwrite64", 2), ("pwrite64", 4), ("pwrite64", 6), ("fallocate", 1), ("fallocate", 3), ("fdatasync", 1)]
 
 
 @pytest.mark.parametrize(("call", "when"), LOCAL)
