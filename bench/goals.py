@@ -5,11 +5,13 @@ Rules:
   against a tool by the whole command of both.
 - A goal whose subject or rival was not measured is "not measured", with the reason; it is never met by default.
 - When a rival was cut off at its limit, the ratio is at least what is shown.
+- Judged by medians. Beside them stands what the best run of each subject would give: on a machine that others use, the
+  two differ, and neither can be trusted alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from bench import machine
@@ -45,10 +47,13 @@ class Verdict:
     got: str
     verdict: str
     value: float | None
+    best: str = ""
+    """The same from the fastest run of each subject; nothing when it is the same."""
 
 
 def judge(groups: Mapping[str, Group]) -> list[Verdict]:
     found = []
+    fastest = {name: _fastest(group) for name, group in groups.items()}
     for goal in GOALS:
         if goal.group not in groups:
             continue
@@ -59,9 +64,18 @@ def judge(groups: Mapping[str, Group]) -> list[Verdict]:
             found.append(Verdict(goal.text, goal.group, wanted, "-", f"not measured: {reason}", None))
             continue
         met = value <= goal.bound if goal.sense == "<=" else value >= goal.bound
-        shown = f"{value:.4g}{goal.unit}"
-        found.append(Verdict(goal.text, goal.group, wanted, shown, "met" if met else "missed", value))
+        shown, best = (f"{x:.4g}{goal.unit}" for x in (value, goal.find(fastest)))
+        verdict = "met" if met else "missed"
+        found.append(Verdict(goal.text, goal.group, wanted, shown, verdict, value, best if best != shown else ""))
     return found
+
+
+def _fastest(group: Group) -> Group:
+    series = {
+        name: replace(x, samples=[min(x.samples, key=lambda sample: sample.seconds)] if x.samples else [])
+        for name, x in group.series.items()
+    }
+    return replace(group, series=series)
 
 
 def _series(groups: Mapping[str, Group], group: str, name: Subject | str) -> Series:

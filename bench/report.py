@@ -92,12 +92,17 @@ def _state_line(group: Group) -> str:
         parts.append(f"read back {facts['read back']}")
     if facts.get("flush") is not None and facts.get("cache") == "warm":
         parts.append("every subject flushes" if facts["flush"] else "flushes left out for every subject")
-    idle = [x.idle_before for series in group.series.values() for x in series.samples]
-    if idle and min(idle) < 0.8:
-        parts.append(f"NOISY: others used up to {1 - min(idle):.0%} of the cores before a run")
+    if _busy(group) > 0.1:
+        parts.append(f"NOISY: others used {_busy(group):.0%} of the cores between the runs")
     if facts.get("hash"):
         parts.append(f"source hash {facts['hash']}, every result equal to it")
     return "; ".join(parts)
+
+
+def _busy(group: Group) -> float:
+    """Mean share of the cores that others used just before the runs."""
+    idle = [x.idle_before for series in group.series.values() for x in series.samples]
+    return 1 - sum(idle) / len(idle) if idle else 0.0
 
 
 def _group_table(group: Group) -> list[str]:
@@ -239,10 +244,13 @@ def _goal_table(groups: Mapping[str, Group], about: Mapping[str, Any]) -> list[s
     if not verdicts:
         return []
     lines = ["", "== goals =="]
-    rows = [[v.text, v.group, v.wanted, v.got, v.verdict.partition(":")[0]] for v in verdicts]
-    lines += table(["", "group", "wanted", "got", "verdict"], rows)
+    rows = [[v.text, v.group, v.wanted, v.got, v.best, v.verdict.partition(":")[0]] for v in verdicts]
+    lines += table(["", "group", "wanted", "by medians", "by best runs", "verdict"], rows)
     met, missed = (sum(v.verdict == word for v in verdicts) for word in ("met", "missed"))
     lines.append(f"{met} met, {missed} missed, {len(verdicts) - met - missed} not measured")
+    noisy = [name for name, group in groups.items() if _busy(group) > 0.1]
+    if noisy:
+        lines.append(f"Others kept the machine busy during {', '.join(noisy)}: repeat them on a quiet one.")
     if about["size_bytes"] < SMALL:
         lines.append(
             f"The goals are stated for images of {show_size(4 * GIB)}. At {about['size']} the start of a process is "

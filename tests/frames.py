@@ -1,5 +1,5 @@
-"""Frames as bytes, written and read by hand from csrc/frame.h and csrc/wire.h: what a damaged line is judged by, and what
-a hostile peer is made of.
+"""Frames as bytes, written and read by hand from csrc/frame.h and csrc/wire.h: what a damaged line is judged by, and
+what a hostile peer is made of.
 
 Rules:
 - Nothing here asks the engine how a frame looks; only the digest function is the core's, and that is tested against
@@ -34,7 +34,7 @@ LIMIT_S = 20.0
 
 class Frame(NamedTuple):
     kind: int
-    count: int
+    unit: int
     offset: int
     meta: bytes
     data: bytes
@@ -172,7 +172,7 @@ class Peer:
         magic: bytes = b"MPR1",
         hold: bool = False,
     ) -> None:
-        """`skip` is added to the sequence number of this frame alone; with `hold` it goes together with the next one."""
+        """`skip` is added to this frame's sequence number alone; with `hold` it goes together with the next one."""
         frame = encode(
             kind,
             meta,

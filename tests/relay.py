@@ -1,4 +1,5 @@
-"""A wire that can be told to go wrong: passes bytes on between two sockets, and at one byte of one direction does damage.
+"""A wire that can be told to go wrong: passes bytes on between two sockets, and at one byte of one direction does
+damage.
 
 Rules:
 - Byte-exact: whatever chunks the kernel makes, the damage happens at the stated offset of that direction's stream.
@@ -115,7 +116,7 @@ class Relay:
             thread.start()
 
     def _run(self, source: socket.socket, sink: socket.socket, stream: Stream) -> None:
-        with contextlib.suppress(OSError):  # one of the two has hung up: nobody is left to pass anything on to
+        with contextlib.suppress(OSError):  # one of the two has hung up, perhaps with a reset
             while chunk := source.recv(1 << 18):
                 if (at := stream.held_at(len(chunk))) is not None:
                     sink.sendall(stream.pass_on(chunk[:at])[0])
@@ -129,6 +130,7 @@ class Relay:
                 if self._damage.kind == "cut":
                     self._shut()
                 return
+        with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
     def _shut(self) -> None:

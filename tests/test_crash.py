@@ -1,7 +1,7 @@
 """Ends that die, disks that fail, images that shrink, and people who interrupt, at chosen system calls.
 
-After each: whoever survives ends by itself, with an exit code and a sentence that say what happened, never with "equals"
-or "done"; the source is as it was; nothing is left running; and the next run, undisturbed, makes the target equal.
+After each: whoever survives ends by itself, with an exit code and a sentence that say what happened, never with
+"equals"; the source is as it was; nothing is left running; and the next run, undisturbed, makes the target equal.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import frames
 import pytest
 from farside import LIMIT_S, MIRRORPAIR, ROOT, Server, fake_ssh, serving, write_script
 from relay import Damage, Relay, line
@@ -69,8 +71,8 @@ class Images:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Images:
-    """Two windows: a hole of the source over data, then blocks that are equal, differ as a whole, in pieces, in the tail,
-    are missing at the target, or are zero at the source. Eight writes, five holes."""
+    """Two windows: a hole of the source over data, then blocks that are equal, differ as a whole, in pieces, in the
+    tail, are missing at the target, or are zero at the source. Six writes, five holes."""
     rng = random.Random(SEED)
     source = bytearray(WINDOW + 6 * BLOCK + 100)
     target = bytearray(source)
@@ -89,14 +91,14 @@ def images(tmp_path: Path) -> Images:
     target[five] ^= 1
     source[-100:], target[-100:] = rng.randbytes(100), rng.randbytes(100)
     made = Images(tmp_path / "source.img", tmp_path / "target.img", bytes(source))
-    for path, content in ((made.source, source), (made.target, target)):
+    for path, image in ((made.source, source), (made.target, target)):
         with path.open("wb") as file:
-            file.truncate(len(content))
-            for offset in range(0, len(content), PIECE):
-                piece = content[offset : offset + PIECE]
-                if any(piece):
+            file.truncate(len(image))
+            for offset in range(0, len(image), PIECE):
+                page = image[offset : offset + PIECE]
+                if any(page):
                     file.seek(offset)
-                    file.write(piece)
+                    file.write(page)
     return made
 
 
@@ -112,19 +114,59 @@ def told_clearly(code: int, out: str, err: str, *codes: int) -> None:
 # --- a kill at every call of either engine: the helpers themselves, joined by a socket or by pipes
 
 
-@contextmanager
-def joined(kind: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """The descriptors (in, out) of two ends."""
+class End:
+    """One end of a connection: the descriptors in and out, until an engine has taken them over."""
+
+    def __init__(self, fd_in: int, fd_out: int) -> None:
+        self.fds = (fd_in, fd_out)
+        self._open = {fd_in, fd_out}
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.pop())
+
+
+def joined(kind: str) -> tuple[End, End]:
     if kind == "socket":
-        a, b = socket.socketpair()
-        ends = ((a.detach(),) * 2, (b.detach(),) * 2)
-    else:
-        (r1, w1), (r2, w2) = os.pipe(), os.pipe()
-        ends = ((r1, w2), (r2, w1))
-    try:
-        yield ends
-    finally:
-        for fd in {fd for end in ends for fd in end}:
+        a, b = (sock.detach() for sock in socket.socketpair())
+        return End(a, a), End(b, b)
+    (r1, w1), (r2, w2) = os.pipe(), os.pipe()
+    return End(r1, w2), End(r2, w1)
+
+
+class Engines:
+    """Both ends of a copy, as they run behind the commands."""
+
+    def __init__(self, source_fd: int, target_fd: int, size: int) -> None:
+        self.fds = {"source": source_fd, "target": target_fd}
+        self.started: dict[str, _core.Helper] = {}
+        self._size = size
+
+    def start(self, name: str, end: End) -> _core.Helper:
+        begin = _core.Helper.source if name == "source" else _core.Helper.target
+        channel = _core.Channel(*end.fds, SESSION)
+        self.started[name] = begin(
+            self.fds[name],
+            channel,
+            size=self._size,
+            block_size=BLOCK,
+            seed=SEED,
+            write=True,
+            threads=1,
+            timeout=LIMIT_S,
+        )
+        end.close()  # it has its own
+        return self.started[name]
+
+    def end(self) -> dict[str, _core.Outcome]:
+        for name, helper in self.started.items():
+            assert any(helper.poll(1.0) for _ in range(int(LIMIT_S))), f"the {name} hangs"
+        return {name: helper.outcome() for name, helper in self.started.items()}
+
+    def close(self) -> None:
+        for helper in self.started.values():
+            helper.close()
+        for fd in self.fds.values():
             os.close(fd)
 
 
@@ -139,43 +181,19 @@ ALLOWED = {_core.OUTCOME_OK, _core.OUTCOME_PEER_GONE, _core.OUTCOME_PEER_ERROR}
 
 def kill_at(images: Images, log: Path, victim: str, kind: str, call: str, when: int) -> bool:
     """One run in which the victim dies at its N-th such call; False when it never made that many."""
-    size = len(images.content)
-    numbers: dict[str, int | bool | float] = {
-        "size": size,
-        "block_size": BLOCK,
-        "seed": SEED,
-        "write": True,
-        "threads": 1,
-        "timeout": LIMIT_S,
-    }
-    source_fd, target_fd = os.open(images.source, os.O_RDONLY), os.open(images.target, os.O_RDWR)
-    helpers: dict[str, _core.Helper] = {}
-
-    def start(name: str, end: tuple[int, int]) -> None:
-        channel = _core.Channel(*end, SESSION)
-        begin, fd = (
-            (_core.Helper.source, source_fd) if name == "source" else (_core.Helper.target, target_fd)
-        )
-        helpers[name] = begin(fd, channel, **numbers)  # type: ignore[arg-type]
-        for each in set(end):
-            os.close(each)
-            os.dup2(null, each)  # the number stays taken until the end of `joined`
-
     other = "target" if victim == "source" else "source"
-    null = os.open(os.devnull, os.O_RDWR)
-    try:
-        with joined(kind) as (first, second):
-            start(victim, first)
-            with attached(helpers[victim].pid, log, kill(call, when)):
-                start(other, second)
-                for helper in helpers.values():
-                    assert ended(helper), (victim, kind, call, when)
-    finally:
-        for helper in helpers.values():
-            helper.close()
-        for fd in (source_fd, target_fd, null):
-            os.close(fd)
-    died, survivor = helpers[victim].outcome(), helpers[other].outcome()
+    ends = joined(kind)
+    source_fd, target_fd = os.open(images.source, os.O_RDONLY), os.open(images.target, os.O_RDWR)
+    with (
+        closing(Engines(source_fd, target_fd, len(images.content))) as engines,
+        closing(ends[0]),
+        closing(ends[1]),
+    ):
+        helper = engines.start(victim, ends[0])
+        with attached(helper.pid, log, kill(call, when)):
+            engines.start(other, ends[1])
+            outcomes = engines.end()
+    died, survivor = outcomes[victim], outcomes[other]
     where = (victim, kind, call, when, died, survivor)
     if not happened(log):
         assert died.status == survivor.status == _core.OUTCOME_OK, where
@@ -187,10 +205,6 @@ def kill_at(images: Images, log: Path, victim: str, kind: str, call: str, when: 
     if survivor.status == _core.OUTCOME_OK:  # then it had been told so, rightly
         assert images.target.read_bytes() == images.content, where
     return True
-
-
-def ended(helper: _core.Helper) -> bool:
-    return any(helper.poll(1.0) for _ in range(int(LIMIT_S)))
 
 
 @pytest.mark.parametrize(("victim", "kind"), CALLS)
@@ -255,6 +269,7 @@ def way(images: Images, transport: str, direction: str, victim: str, log: Path, 
         prefix = command(log, *rules) if victim == "near" else []
         options: list[str] = []
         server = None
+        url: Callable[[object], str] = str
         if transport == "tcp":
             server = stack.enter_context(serving("--allow", folder))
             url = server.url
@@ -264,7 +279,9 @@ def way(images: Images, transport: str, direction: str, victim: str, log: Path, 
             if victim == "far":
                 words = " ".join(f"'{word}'" for word in command(log, *rules))
                 python = " ".join(f"'{word}'" for word in MIRRORPAIR)
-                script = write_script(folder / "traced-ssh", f'shift 2\nexport PYTHONPATH="{ROOT}"\nexec {words} {python} "$@"')
+                script = write_script(
+                    folder / "traced-ssh", f'shift 2\nexport PYTHONPATH="{ROOT}"\nexec {words} {python} "$@"'
+                )
             else:
                 script = fake_ssh(folder)
             options = ["--rsh", str(script)]
@@ -279,7 +296,15 @@ def ssh_url(path: object) -> str:
     return f"ssh://host{path}"
 
 
-LOCAL = [("pwrite64", 1), ("pwrite64", 2), ("pwrite64", 4), ("pwrite64", 6), ("fallocate", 1), ("fallocate", 3), ("fdatasync", 1)]
+LOCAL = [
+    ("pwrite64", 1),
+    ("pwrite64", 2),
+    ("pwrite64", 4),
+    ("pwrite64", 6),
+    ("fallocate", 1),
+    ("fallocate", 3),
+    ("fdatasync", 1),
+]
 
 
 @pytest.mark.parametrize(("call", "when"), LOCAL)
@@ -441,7 +466,7 @@ def test_a_full_disk_is_told_as_such_and_the_run_is_finished_when_there_is_room(
     source.write_bytes(content)
     images = Images(source, target, content)
     with ExitStack() as stack:
-        side = str(target)
+        side, server = str(target), None
         if where == "there":
             server = stack.enter_context(serving("--allow", folder))
             side = server.url(target)
@@ -450,7 +475,7 @@ def test_a_full_disk_is_told_as_such_and_the_run_is_finished_when_there_is_room(
         told_clearly(code, out, err, 1)
         assert "No space left on device" in err
         filler.unlink()
-        if where == "there":
+        if server is not None:
             server.err.wait_for(str(folder))
         if target.exists():
             images.again(target=side)
@@ -472,12 +497,14 @@ def out_of_cache(path: Path) -> None:
 
 
 def three_windows(tmp_path: Path, *, tail: int = 0) -> Images:
-    """Windows full of data; everything differs."""
-    content = random.Random(SEED).randbytes(64 * KIB) * (3 * WINDOW // (64 * KIB))
-    content = content[: len(content) - tail]
+    """Windows full of data. All of it differs but a piece in each MiB, so that a window takes several writes."""
+    size = 3 * WINDOW - tail
+    block = random.Random(SEED).randbytes(64 * KIB)
+    content = (block * (size // len(block) + 1))[:size]
+    old = ((block[:PIECE] + b"\7" * (MIB - PIECE)) * (size // MIB + 1))[:size]
     images = Images(tmp_path / "source.img", tmp_path / "target.img", content)
     images.source.write_bytes(content)
-    images.target.write_bytes(bytes([7]) * len(content))
+    images.target.write_bytes(old)
     return images
 
 
@@ -502,7 +529,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_named_and_never_taken_for_zer
     with Stops() as stops:
         prefix = command(stops.log, stop("pwrite64", 1))
         with marked_command("resync", "--threads", "1", images.source, images.target, prefix=prefix) as ran:
-            pid = stops.wait()  # the first span is written, the first window half read
+            pid = stops.wait()  # the first MiB is written, the rest of the first window not yet read
             os.truncate(images.source, CUTS[cut])
             os.kill(pid, signal.SIGCONT)
             code, out, err = ran.finish()
@@ -561,104 +588,72 @@ def test_a_source_that_shrinks_while_it_is_sent_is_named(direction: str, cached:
     images.again()
 
 
+def memory(content: bytes) -> int:
+    fd = os.memfd_create("mirrorpair-test", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    return fd
+
+
 @pytest.mark.parametrize("cached", [True, False], ids=["warm", "cold"])
 def test_the_sending_engine_survives_a_window_that_shrinks_under_it(cached: bool, tmp_path: Path) -> None:
-    """It has read as far ahead as it may when it is stopped, between asking for holes and reading."""
+    """It has read as far ahead as it may. It is stopped in the next window, behind the question for holes, and that
+    window is cut in its second half: the first half is enough for it to be mapped when it is cached."""
     size = 8 * WINDOW
+    content = random.Random(SEED).randbytes(64 * KIB) * (size // (64 * KIB))
     source = tmp_path / "source.img"
-    source.write_bytes(random.Random(SEED).randbytes(64 * KIB) * (size // (64 * KIB)))
-    target_fd = os.memfd_create("mirrorpair-test")
-    os.ftruncate(target_fd, size)
-    source_fd = os.open(source, os.O_RDONLY)
+    source.write_bytes(content)
     if not cached:
         out_of_cache(source)
-    numbers: dict[str, int | bool | float] = {
-        "size": size,
-        "block_size": BLOCK,
-        "seed": SEED,
-        "write": True,
-        "threads": 1,
-        "timeout": LIMIT_S,
-    }
-    near, far = socket.socketpair()
-    helpers = []
-    try:
-        with near, far, Stops() as stops:
-            channel = _core.Channel(near.fileno(), near.fileno(), SESSION)
-            helpers.append(_core.Helper.source(source_fd, channel, **numbers))  # type: ignore[arg-type]
-            near.close()
-            far.setblocking(True)
-            far.recv(1, socket.MSG_PEEK)  # it is at work
-            assert not helpers[0].poll(0.5)
-            with attached(helpers[0].pid, stops.log, stop("lseek", 2)):  # type: ignore[arg-type]
-                channel = _core.Channel(far.fileno(), far.fileno(), SESSION)
-                helpers.append(_core.Helper.target(target_fd, channel, **numbers))  # type: ignore[arg-type]
-                far.close()
-                pid = stops.wait()
-                os.truncate(source, WINDOW)
-                os.kill(pid, signal.SIGCONT)
-                for helper in helpers:
-                    assert ended(helper)
-    finally:
-        for helper in helpers:
-            helper.close()
-        os.close(source_fd)
-        os.close(target_fd)
-    assert helpers[0].outcome().status == _core.OUTCOME_SHRANK, helpers[0].outcome()
-    assert helpers[0].outcome().side == "source"
-    assert helpers[1].outcome().status in (_core.OUTCOME_PEER_ERROR, _core.OUTCOME_PEER_GONE), helpers[1].outcome()
+    near, far = joined("socket")
+    with (
+        Stops() as stops,
+        closing(Engines(os.open(source, os.O_RDONLY), memory(content), size)) as engines,
+        closing(near),
+        closing(far),
+    ):
+        helper = engines.start("source", near)
+        assert select.select([far.fds[0]], [], [], LIMIT_S)[0]  # it is at work
+        assert not helper.poll(0.5)
+        with attached(helper.pid, stops.log, stop("lseek", 2)):
+            engines.start("target", far)
+            pid = stops.wait()
+            os.truncate(source, 4 * WINDOW + 5 * MIB)
+            os.kill(pid, signal.SIGCONT)
+            outcomes = engines.end()
+    outcome = outcomes["source"]
+    assert outcome.status == _core.OUTCOME_SHRANK, outcome
+    assert outcome.side == "source"
+    assert 4 * WINDOW <= outcome.offset <= 5 * WINDOW
+    assert outcomes["target"].status == _core.OUTCOME_PEER_ERROR, outcomes
 
 
 def test_data_on_its_way_out_of_a_mapping_that_is_gone_is_an_error(tmp_path: Path) -> None:
     """Unasked data is sent from the mapping itself: what the kernel cannot read there must not become zeros."""
-    size = 40 * WINDOW
+    size = 8 * WINDOW
     source = tmp_path / "source.img"
-    with source.open("wb") as file:
-        file.truncate(size)
-        file.write(random.Random(SEED).randbytes(size // 40 * 12))
-    target_fd = os.memfd_create("mirrorpair-test")
+    source.write_bytes(random.Random(SEED).randbytes(64 * KIB) * (size // (64 * KIB)))
+    target_fd = memory(b"")
     os.ftruncate(target_fd, size)
-    source_fd = os.open(source, os.O_RDONLY)
-    numbers: dict[str, int | bool | float] = {
-        "size": size,
-        "block_size": BLOCK,
-        "seed": SEED,
-        "write": True,
-        "threads": 1,
-        "timeout": LIMIT_S,
-    }
-    near, first = socket.socketpair()
-    second, far = socket.socketpair()
-    helpers: list[_core.Helper] = []
-    try:
-        with Relay(first, second, Damage("hold", 9 * WINDOW)) as relay:
-            for begin, fd, sock in ((_core.Helper.source, source_fd, near), (_core.Helper.target, target_fd, far)):
-                with sock:
-                    channel = _core.Channel(sock.fileno(), sock.fileno(), SESSION)
-                    helpers.append(begin(fd, channel, **numbers))  # type: ignore[arg-type]
-            assert relay.forth.reached.wait(LIMIT_S)
-            os.truncate(source, PIECE)
-            relay.forth.release.set()
-            for helper in helpers:
-                assert ended(helper)
-            assert b"\x13\0" in {bytes(relay.forth.given[i + 4 : i + 6]) for i in starts(relay.forth.given)}  # BULK
-    finally:
-        near.close()
-        far.close()
-        for helper in helpers:
-            helper.close()
-        os.close(source_fd)
-        os.close(target_fd)
-    assert helpers[0].outcome().status == _core.OUTCOME_SHRANK, helpers[0].outcome()
-    assert helpers[1].outcome().status != _core.OUTCOME_OK
-
-
-def starts(stream: bytearray) -> list[int]:
-    found, at = [], stream.find(b"MPR1")
-    while at >= 0:
-        found.append(at)
-        at = stream.find(b"MPR1", at + 1)
-    return found
+    (near, first), (second, far) = socket.socketpair(), socket.socketpair()
+    ends = [End(fd, fd) for fd in (near.detach(), far.detach())]
+    with (
+        Relay(first, second, Damage("hold", 6 * WINDOW)) as relay,
+        closing(Engines(os.open(source, os.O_RDONLY), target_fd, size)) as engines,
+        closing(ends[0]),
+        closing(ends[1]),
+    ):
+        engines.start("source", ends[0])
+        engines.start("target", ends[1])
+        assert relay.forth.reached.wait(LIMIT_S)
+        os.truncate(source, PIECE)
+        relay.forth.release.set()
+        outcomes = engines.end()
+    assert frames.BULK in {frame.kind for frame in frames.parse(bytes(relay.forth.given))}
+    assert outcomes["source"].status == _core.OUTCOME_SHRANK, outcomes
+    assert outcomes["source"].side == "source"
+    told = {_core.OUTCOME_PEER_GONE, _core.OUTCOME_PEER_ERROR, _core.OUTCOME_PEER_GARBAGE}
+    assert outcomes["target"].status in told, outcomes
 
 
 # --- people
@@ -674,7 +669,7 @@ def interrupted(ran: Marked, number: int = signal.SIGINT) -> None:
     everybody = ran.pids()
     ran.process.send_signal(number)
     code, out, err = ran.finish(15.0)
-    told_clearly(code, "", err if err else out, 130)
+    told_clearly(code, "", err or out, 130)
     assert "interrupted" in err
     assert marked(ran.mark) == set()
     wait_until_gone(everybody)
@@ -696,7 +691,10 @@ def test_an_interrupted_run_exits_130_soon_and_leaves_nothing_running(
 
 @pytest.mark.parametrize("back", [False, True])
 def test_an_interrupt_is_heard_while_the_far_end_is_silent(back: bool, slow: Images, tmp_path: Path) -> None:
-    with serving("--allow", tmp_path) as server, line(server.port, Damage("stall", 1200 if not back else 250, back=back)) as wire:
+    with (
+        serving("--allow", tmp_path) as server,
+        line(server.port, Damage("stall", 1200 if not back else 250, back=back)) as wire,
+    ):
         with marked_command("resync", slow.source, f"tcp://127.0.0.1:{wire.port}{slow.target}") as ran:
             assert wire.streams[back].reached.wait(LIMIT_S)
             interrupted(ran)
@@ -706,11 +704,11 @@ def test_an_interrupt_is_heard_while_the_far_end_is_silent(back: bool, slow: Ima
 
 
 def test_an_interrupted_run_says_in_json_what_it_did(slow: Images, tmp_path: Path) -> None:
-    with Watch(slow.target) as watch:
-        with marked_command("resync", "--json", "--rate", "64KiB/s", slow.source, slow.target) as ran:
-            watch.wait()
-            ran.process.send_signal(signal.SIGINT)
-            code, out, err = ran.finish(15.0)
+    sides = (slow.source, slow.target)
+    with Watch(slow.target) as watch, marked_command("resync", "--json", "--rate", "64KiB/s", *sides) as ran:
+        watch.wait()
+        ran.process.send_signal(signal.SIGINT)
+        code, out, err = ran.finish(15.0)
     assert code == 130, (out, err)
     lines = [json.loads(text) for text in out.splitlines()]
     assert lines[-1]["type"] == "error"

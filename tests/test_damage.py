@@ -1,33 +1,48 @@
 """A line that damages what it carries, and peers that lie: detected, and nothing wrong is ever written as right.
 
 The session under test is short, so that damage is done at every byte of both directions; it holds every kind of frame.
-The two engines run as they do behind the commands, joined by a wire that goes wrong at one byte (relay.py).
-
-Rules, judged after every run, whatever was done to the line:
-- Both ends end by themselves, soon, and none of them by a signal or an internal error.
-- The target's end is well only if all it was sent arrived as it was sent; the source's only if the answers did too.
-- Whoever says it went well is right: the target equals the source.
-- Whoever says it did not has harmed nothing: every byte of the target is the old one or the source's at that place.
+The two engines run as they do behind the commands, joined by a wire that goes wrong at one byte (relay.py), and every
+run is judged (copied.py).
 """
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import frames
 import pytest
+from copied import (
+    END_S,
+    KIB,
+    PIECE,
+    SEED,
+    SESSION,
+    WINDOW,
+    Mode,
+    Pair,
+    Run,
+    all_well,
+    clean,
+    closing,
+    ended,
+    every_frame,
+    every_want,
+    kinds_of,
+    offsets,
+    only_old_or_new,
+    pages,
+    settings,
+    unasked,
+)
 from farside import run_cli, serving
 from frames import Peer
-from relay import Damage, Relay, line
+from relay import Damage, line
 
 from mirrorpair import _core, resync
 from mirrorpair.allow import Allowed
@@ -35,299 +50,13 @@ from mirrorpair.errors import MirrorpairError
 from mirrorpair.listener import Listener
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from relay import Kind, Stream
+    from relay import Kind
 
-KIB = 1024
-PIECE = 4 * KIB
-WINDOW = 8 * KIB * KIB
-SEED, SESSION = 7, 5
-END_S = 30.0
 # A line that lost bytes is only told from a slow one by waiting. Many runs wait at once.
 SHORT_S = 0.3
-
-ENDINGS = {
-    _core.OUTCOME_OK,
-    _core.OUTCOME_PEER_GONE,
-    _core.OUTCOME_PEER_GARBAGE,
-    _core.OUTCOME_PEER_SILENT,
-    _core.OUTCOME_PEER_ERROR,
-}
-
-
-# --- images in memory
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A source, an old target, and how they are to be compared."""
-
-    size: int
-    block: int
-    source: dict[int, bytes]
-    target: dict[int, bytes]
-
-    def open_source(self) -> int:
-        return memory(self.size, self.source)
-
-    def open_target(self) -> int:
-        return memory(self.size, self.target)
-
-
-def memory(size: int, pieces: dict[int, bytes]) -> int:
-    fd = os.memfd_create("mirrorpair-test", os.MFD_CLOEXEC)
-    os.ftruncate(fd, size)
-    for offset, data in pieces.items():
-        os.pwrite(fd, data, offset)
-    return fd
-
-
-def pages(fd: int) -> dict[int, bytes]:
-    """The pages that are not zero."""
-    found, at, size = {}, 0, os.fstat(fd).st_size
-    while at < size:
-        try:
-            at = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            break
-        end = os.lseek(fd, at, os.SEEK_HOLE)
-        for offset in range(at, end, PIECE):
-            page = os.pread(fd, min(PIECE, end - offset), offset)
-            if page.count(0) != len(page):
-                found[offset] = page
-        at = end
-    return found
-
-
-def changed_pages(pair: Pair) -> dict[int, int]:
-    """Where the two differ, in pieces: what a dry run has to report."""
-    first, second = pair.open_source(), pair.open_target()
-    try:
-        a, b = pages(first), pages(second)
-    finally:
-        os.close(first)
-        os.close(second)
-    return {at: min(PIECE, pair.size - at) for at in sorted(a.keys() | b.keys()) if a.get(at) != b.get(at)}
-
-
-def only_old_or_new(now: dict[int, bytes], old: dict[int, bytes], new: dict[int, bytes]) -> bool:
-    for at in now.keys() | old.keys() | new.keys():
-        blank = bytes(PIECE)
-        page, before, after = (each.get(at, blank) for each in (now, old, new))
-        if page in (before, after):
-            continue
-        if any(x not in (a, b) for x, a, b in zip(page, before, after, strict=False)):
-            return False
-    return True
-
-
-@cache
-def every_frame() -> Pair:
-    """A hole at the source over data of the target (ZEROS); an equal block, a zero one that is not zero at the target, and
-    a differing one of which only the last 100 bytes differ (DIGESTS, WANT, DATA): little data, hence few offsets."""
-    rng = random.Random(SEED)
-    equal, first = rng.randbytes(8 * KIB), rng.randbytes(PIECE)
-    at = WINDOW
-    return Pair(
-        size=at + 16 * KIB + PIECE + 100,
-        block=8 * KIB,
-        source={at: equal, at + 16 * KIB: first, at + 20 * KIB: rng.randbytes(100)},
-        target={
-            40 * KIB: rng.randbytes(100),
-            at: equal,
-            at + 8 * KIB: rng.randbytes(8 * KIB),
-            at + 16 * KIB: first,
-            at + 20 * KIB: rng.randbytes(100),
-        },
-    )
-
-
-@cache
-def every_want() -> Pair:
-    """Blocks that are refined, wanted because nothing is there, wanted whole, and zeroed piece by piece."""
-    rng = random.Random(SEED)
-    block = 16 * KIB
-    source, target = {}, {}
-    for i in range(6):
-        source[i * block] = target[i * block] = rng.randbytes(block)
-    target[0 * block + PIECE] = rng.randbytes(5)  # one piece of a block
-    source[1 * block] = bytes(PIECE) + source[1 * block][PIECE:]  # a piece becomes zero
-    del target[2 * block]
-    target[3 * block] = rng.randbytes(block)
-    del source[4 * block]
-    return Pair(size=6 * block + 1000, block=block, source=source, target=target)
-
-
-@cache
-def unasked() -> Pair:
-    """So much of the first window differs that the later ones are sent without asking (BULK), zero blocks among them."""
-    rng = random.Random(SEED)
-    source = {0: rng.randbytes(64 * PIECE)}
-    target = {0: rng.randbytes(64 * PIECE)}
-    for window in range(1, 12):
-        at = window * WINDOW
-        source[at], target[at] = rng.randbytes(2 * PIECE), rng.randbytes(PIECE)
-        source[at + 3 * KIB * KIB], target[at + 3 * KIB * KIB + PIECE] = rng.randbytes(100), rng.randbytes(PIECE)
-    return Pair(size=12 * WINDOW + 10, block=PIECE, source=source, target=target)
-
-
-# --- one run
-
-
-@dataclass
-class Mode:
-    write: bool = True
-    recheck: bool = False
-    timeout: float = END_S
-
-
-@dataclass
-class Run:
-    pair: Pair
-    mode: Mode
-    damage: Damage
-    source: _core.Outcome
-    target: _core.Outcome
-    forth: Stream
-    back: Stream
-    differing: list[tuple[int, list[tuple[int, int]]]]
-    problems: list[str] = field(default_factory=list)
-
-
-def settings(pair: Pair, mode: Mode) -> dict[str, int | float | bool]:
-    # One thread each: the order of the frames, and so what lies at an offset, is then the same in every run.
-    return {
-        "size": pair.size,
-        "block_size": pair.block,
-        "seed": SEED,
-        "write": mode.write,
-        "recheck": mode.recheck,
-        "ranges": not mode.write,
-        "threads": 1,
-        "timeout": mode.timeout,
-    }
-
-
-def ended(helper: _core.Helper, limit_s: float = END_S) -> bool:
-    deadline = time.monotonic() + limit_s
-    while not helper.poll(1.0):
-        if time.monotonic() > deadline:
-            return False
-    return True
-
-
-@contextmanager
-def closing(*fds: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def go(pair: Pair, damage: Damage, mode: Mode | None = None) -> Run:
-    """Copies `pair` through the damaged line, and judges."""
-    mode = mode or Mode()
-    source_fd, target_fd = pair.open_source(), pair.open_target()
-    near, first = socket.socketpair()
-    second, far = socket.socketpair()
-    with closing(source_fd, target_fd):
-        old, new = pages(target_fd), pages(source_fd)
-        with Relay(first, second, damage) as relay:
-            helpers = []
-            try:
-                for begin, fd, sock in (
-                    (_core.Helper.source, source_fd, near),
-                    (_core.Helper.target, target_fd, far),
-                ):
-                    with sock:  # the helper has its own
-                        channel = _core.Channel(sock.fileno(), sock.fileno(), SESSION)
-                        helpers.append(begin(fd, channel, **settings(pair, mode)))  # type: ignore[arg-type]
-                hung = [name for name, h in zip(("source", "target"), helpers, strict=True) if not ended(h)]
-            finally:
-                near.close()
-                far.close()
-                for helper in helpers:
-                    helper.close()
-        run = Run(
-            pair=pair,
-            mode=mode,
-            damage=damage,
-            source=helpers[0].outcome(),
-            target=helpers[1].outcome(),
-            forth=relay.forth,
-            back=relay.back,
-            differing=[(h.progress().differing_bytes, h.take_ranges()) for h in helpers],
-        )
-        run.problems = judge(run, hung, old, new, pages(target_fd), pages(source_fd))
-    return run
-
-
-def judge(
-    run: Run,
-    hung: list[str],
-    old: dict[int, bytes],
-    new: dict[int, bytes],
-    now: dict[int, bytes],
-    source_now: dict[int, bytes],
-) -> list[str]:
-    found = [f"the {name} hung" for name in hung]
-    for name, outcome in (("source", run.source), ("target", run.target)):
-        if outcome.status not in ENDINGS:
-            found.append(f"the {name} ended with {outcome}")
-    well = run.source.status == _core.OUTCOME_OK, run.target.status == _core.OUTCOME_OK
-    wanted = 2 if run.mode.recheck else 1
-    if well[1] and arrived(run.forth, frames.SYNC) != wanted:
-        found.append("the target is content with a damaged stream")
-    if well[0] and arrived(run.back, frames.SYNCED) != wanted:
-        found.append("the source is content with damaged answers")
-    if well[0] and not well[1]:
-        found.append("the source is content, the target is not")
-    if source_now != new:
-        found.append("the source was changed")
-    if not run.mode.write:
-        if now != old:
-            found.append("a dry run wrote")
-        expected = changed_pages(run.pair)
-        for content, (count, ranges) in zip(well, run.differing, strict=True):
-            if content and (count != sum(expected.values()) or sum(n for _, n in ranges) != count):
-                found.append(f"a dry run reports {count} in {ranges}, not {expected}")
-    elif any(well) and now != new:
-        found.append("said to be equal, and differs")
-    elif not only_old_or_new(now, old, new):
-        found.append("the target holds what neither of the two images held")
-    return found
-
-
-def arrived(stream: Stream, kind: int) -> int:
-    """How many frames of this kind came through unharmed, and everything before them."""
-    return sum(frame.kind == kind for frame in frames.parse(bytes(stream.given[: stream.intact])))
-
-
-def all_well(pair: Pair, cases: Sequence[Damage], mode: Mode | None = None, *, at_once: int = 4) -> list[Run]:
-    """Runs every case; those that went wrong are shown as they can be repeated."""
-    with ThreadPoolExecutor(at_once) as pool:
-        runs = list(pool.map(lambda damage: go(pair, damage, mode), cases))
-    wrong = [(run.damage, run.problems, run.source, run.target) for run in runs if run.problems]
-    assert not wrong, f"{len(wrong)} of {len(cases)} went wrong, the first ones: {wrong[:3]}"
-    return runs
-
-
-def clean(pair: Pair, mode: Mode | None = None) -> Run:
-    run = go(pair, Damage(), mode)
-    assert run.problems == []
-    assert run.source.status == run.target.status == _core.OUTCOME_OK
-    return run
-
-
-def kinds_of(stream: Stream) -> set[int]:
-    return {frame.kind for frame in frames.parse(bytes(stream.given))}
-
-
-def offsets(run: Run) -> list[tuple[int, bool]]:
-    return [(at, back) for back, stream in ((False, run.forth), (True, run.back)) for at in range(len(stream.given))]
 
 
 # --- damage on the line
@@ -339,7 +68,7 @@ def test_the_short_session_holds_every_kind_of_frame() -> None:
     assert kinds_of(run.back) == {frames.WANT, frames.SETTLED, frames.SYNCED}
     dry = clean(every_frame(), Mode(write=False))
     assert kinds_of(dry.forth) == {frames.ZEROS, frames.DIGESTS, frames.MARKS, frames.SYNC}
-    wishes = [f for f in frames.parse(bytes(clean(every_want()).back.given)) if f.kind == frames.WANT]
+    wishes = [f for f in frames.parse(clean(every_want()).back) if f.kind == frames.WANT]
     assert frames.want_kinds(wishes[0].meta, every_want().size, every_want().block) == {
         frames.WANT_REFINE,
         frames.WANT_EMPTY,
@@ -371,10 +100,10 @@ def test_damage_at_every_byte_of_a_session_is_detected(kind: Kind, rng: random.R
     run = clean(pair)
     cases = [damage_of(kind, at, back, rng) for at, back in offsets(run)]
     # A source whose last answer was damaged gives the target two seconds to read why: all of these wait at once.
-    last = [frame.start for frame in frames.parse(bytes(run.back.given))][-1]
+    last = [frame.start for frame in frames.parse(run.back)][-1]
     slow = [case for case in cases if case.back and case.offset >= last]
     quick = [case for case in cases if case not in slow]
-    runs = all_well(pair, quick, Mode(timeout=2.0)) + all_well(pair, slow, Mode(timeout=4.0), at_once=30)
+    runs = all_well(pair, quick, Mode(timeout=2.0)) + all_well(pair, slow, Mode(timeout=4.0), at_once=16)
     if kind != "duplicate":  # behind the last frame that is no damage
         nobody_is_content(runs)
 
@@ -383,15 +112,17 @@ def test_damage_at_every_byte_of_a_session_is_detected(kind: Kind, rng: random.R
 def test_bytes_too_few_or_too_many_at_any_place_are_noticed(kind: Kind, rng: random.Random) -> None:
     pair = every_frame()
     places = offsets(clean(pair))[rng.randrange(3) :: 3]
-    all_well(pair, [damage_of(kind, at, back, rng) for at, back in places], Mode(timeout=SHORT_S), at_once=12)
+    all_well(pair, [damage_of(kind, at, back, rng) for at, back in places], Mode(timeout=SHORT_S), at_once=6)
 
 
-@pytest.mark.parametrize("mode", [Mode(write=False, timeout=2.0), Mode(recheck=True, timeout=2.0)], ids=["dry", "verify"])
+@pytest.mark.parametrize(
+    "mode", [Mode(write=False, timeout=2.0), Mode(recheck=True, timeout=2.0)], ids=["dry", "verify"]
+)
 def test_a_flipped_bit_in_a_dry_run_and_in_a_verified_one(mode: Mode, rng: random.Random) -> None:
     pair = every_frame()
     places = offsets(clean(pair, replace(mode, timeout=END_S)))
     cases = [damage_of("flip", at, back, rng) for at, back in places[rng.randrange(4) :: 4]]
-    runs = all_well(pair, cases, mode, at_once=12)
+    runs = all_well(pair, cases, mode, at_once=6)
     assert all(run.source.status != _core.OUTCOME_OK for run in runs)
 
 
@@ -403,7 +134,7 @@ def test_damage_at_sampled_bytes_of_larger_sessions(make: Callable[[], Pair], rn
     borders = [
         (frame.start + at, back)
         for back, stream in ((False, run.forth), (True, run.back))
-        for frame in frames.parse(bytes(stream.given))
+        for frame in frames.parse(stream)
         for at in (rng.randrange(frames.HEADER.size), frames.HEADER.size, frame.end - frame.start - 1)
     ]
     chosen = rng.sample(places, 40) + rng.sample(borders, min(len(borders), 60))
@@ -414,7 +145,7 @@ def test_damage_at_sampled_bytes_of_larger_sessions(make: Callable[[], Pair], rn
 def test_a_line_that_stalls_is_given_up_by_both_ends(rng: random.Random) -> None:
     pair = every_frame()
     places = rng.sample(offsets(clean(pair)), 24)
-    runs = all_well(pair, [damage_of("stall", at, back, rng) for at, back in places], Mode(timeout=SHORT_S), at_once=12)
+    runs = all_well(pair, [damage_of("stall", at, back, rng) for at, back in places], Mode(timeout=SHORT_S), at_once=6)
     assert all(run.source.status != _core.OUTCOME_OK for run in runs)
     silent = {_core.OUTCOME_PEER_SILENT, _core.OUTCOME_PEER_ERROR, _core.OUTCOME_PEER_GARBAGE}
     assert all(run.source.status in silent for run in runs)
@@ -516,7 +247,9 @@ def test_the_command_says_what_happened_to_the_line(
         assert " equals " not in ran.stdout
         server.err.wait_for(str(tmp_path))  # the far end has let go of its image
         now = target.read_bytes()
-        assert only_old_or_new(*({at: data[at : at + PIECE] for at in range(0, len(new), PIECE)} for data in (now, old, new)))
+        assert only_old_or_new(
+            *({at: data[at : at + PIECE] for at in range(0, len(new), PIECE)} for data in (now, old, new))
+        )
         sides = (source, server.url(target)) if direction == "push" else (server.url(source), target)
         again = run_cli("resync", *sides)
         assert again.returncode == 0, again.stderr
@@ -534,9 +267,7 @@ HUGE = Pair(size=3 << 30, block=PIECE, source={}, target={0: b"\1" * PIECE})
 
 
 @contextmanager
-def against(
-    begin: Callable[..., _core.Helper], pair: Pair, fd: int, mode: Mode
-) -> Iterator[tuple[Peer, _core.Helper]]:
+def against(begin: Callable[..., _core.Helper], pair: Pair, fd: int, mode: Mode) -> Iterator[tuple[Peer, _core.Helper]]:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -954,7 +685,20 @@ SOURCE_CASES: dict[str, Callable[[Peer], object]] = {
     "is done in many words": synced(0, length=2),
     **{
         f"kind {kind}": just(kind, bytes(8))
-        for kind in (0, 1, 2, 3, frames.DIGESTS, frames.ZEROS, frames.BULK, frames.DATA, frames.MARKS, frames.SYNC, 26, 65535)
+        for kind in (
+            0,
+            1,
+            2,
+            3,
+            frames.DIGESTS,
+            frames.ZEROS,
+            frames.BULK,
+            frames.DATA,
+            frames.MARKS,
+            frames.SYNC,
+            26,
+            65535,
+        )
     },
     "a length of 4 GiB": just(frames.WANT, bytes(8), length=2**32 - 1),
     "a frame left out": just(frames.WANT, bytes(8), skip=1),

@@ -22,7 +22,7 @@ import subprocess
 import uuid
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 from farside import LIMIT_S, MIRRORPAIR, ROOT
@@ -75,7 +75,7 @@ def _flags(rules: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def attached(pid: int, log: Path, *rules: str) -> Iterator[None]:
+def attached(pid: int, log: Path | str, *rules: str) -> Iterator[None]:
     """Traces a process that runs already, and its children to come."""
     tracer = subprocess.Popen(
         [need_strace(), "-f", "-o", str(log), *_flags(rules), "-p", str(pid)], stderr=subprocess.PIPE, text=True
@@ -197,7 +197,7 @@ class Watch:
     def close(self) -> None:
         os.close(self._fd)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,7 +223,7 @@ class Stops:
         status = Path(f"/proc/{int(found[1])}/status").read_text(encoding="utf-8")
         return int(status.partition("Tgid:")[2].split()[0])
 
-    def __enter__(self) -> Stops:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
