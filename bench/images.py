@@ -131,12 +131,15 @@ class Pair:
 
     def warm(self) -> None:
         """Every page in memory, and touched once: on a virtual machine the first touch may cost the host a fault."""
-        states = self.shop.image_tool("state", self.source, self.target)
-        if min(state["resident"] for state in states) < _RESIDENT:
+        if not self.resident():
             self.shop.image_tool("warm", self.source, self.target)
             self.facts["read back"] = "by readahead: other folios than those that were written"
         self.different_bytes()
         self.note_state()
+
+    def resident(self) -> bool:
+        states = self.shop.image_tool("state", self.source, self.target)
+        return min(float(state["resident"]) for state in states) >= _RESIDENT
 
     def chill(self) -> None:
         self.shop.image_tool("evict", self.source, self.target)

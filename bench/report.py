@@ -84,6 +84,8 @@ def _state_line(group: Group) -> str:
         parts.append("cold: evicted before each run (this machine's cache only)")
     if "resident" in facts:
         parts.append("in page cache: source {:.0%}, target {:.0%}".format(*facts["resident"]))
+        if facts.get("cache") == "warm" and min(facts["resident"]) < 0.999:
+            parts.append("NOT WARM: pages were pushed out during the runs")
     if "folio_kib" in facts:
         parts.append("mean folio: source {:.0f} KiB, target {:.0f} KiB".format(*facts["folio_kib"]))
     if "chunk" in facts:

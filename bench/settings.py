@@ -48,7 +48,7 @@ class Settings:
     """A peer may be slow; nothing else may take longer than `patience_s`."""
     patience_s: float = 600.0
     budget_s: float = 25.0
-    """A subject stops being repeated when its runs of a group have taken this long together."""
+    """A peer stops being repeated when its runs of a group have taken this long together."""
     command: str | None = None
     results: Path | None = None
 

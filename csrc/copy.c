@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "copy.h"
 
+#include "disk.h"
 #include "guard.h"
 #include "loop.h"
 
@@ -53,10 +54,41 @@ mp_status mp_copy_begin(mp_copy *copy)
     return status;
 }
 
+void mp_copy_sync(mp_copy *copy)
+{
+    if (!copy->write || copy->target_fd < 0 || copy->synced)
+        return;
+    copy->synced = true;
+    int error = mp_disk_sync(copy->target_fd);
+    if (!error)
+        return;
+    if (copy->fault.status == MP_CANCELLED)
+        copy->fault.status = MP_OK;
+    mp_fault fault;
+    mp_fault_io(&fault, error, MP_SIDE_TARGET, 0, "fdatasync");
+    mp_copy_fail(copy, &fault);
+}
+
+void mp_copy_check_sizes(mp_copy *copy)
+{
+    const mp_image *images[] = {&copy->source, &copy->target};
+    int fds[] = {copy->source_fd, copy->target_fd};
+    for (int i = 0; i < 2; i++) {
+        int error = fds[i] >= 0 ? mp_disk_holds(fds[i], copy->size) : 0;
+        mp_fault fault;
+        if (!error)
+            continue;
+        mp_fault_io(&fault, error, images[i]->side, copy->size, "ask for the size");
+        mp_copy_fail(copy, &fault);
+    }
+}
+
 void mp_copy_finish(mp_copy *copy)
 {
     if (copy->pool.thread)
         mp_pool_stop(&copy->pool);
+    if (copy->workers) /* also after an interruption or a failure: what was written so far is made durable */
+        mp_copy_sync(copy);
     for (unsigned i = 0; copy->workers && i < copy->threads; i++) {
         mp_reader_free(&copy->workers[i].source);
         mp_reader_free(&copy->workers[i].target);

@@ -19,7 +19,7 @@
 
 typedef struct mp_progress { /* bytes, but where named otherwise */
     _Atomic uint64_t total, done, skipped; /* skipped: found equal (holes too) */
-    _Atomic uint64_t sent;                 /* data that travelled (local: was written) */
+    _Atomic uint64_t sent;                 /* data that travelled; 0 locally */
     _Atomic uint64_t differing, differing_blocks;
     _Atomic uint64_t written, punched;
     _Atomic uint64_t wire_out, wire_in;
@@ -58,6 +58,7 @@ typedef struct mp_copy {
     mp_worker *workers;
     mp_bitmap touched; /* for the re-check: MP_TOUCHED bytes a bit */
     _Atomic uint64_t paced_until_ns;
+    bool synced; /* the target's fdatasync was done or does not matter */
     uint64_t range_offset, range_length; /* the range being gathered for range_fd */
     mp_fault fault;
 } mp_copy;
@@ -69,6 +70,10 @@ void mp_copy_source(mp_copy *copy);
 void mp_copy_target(mp_copy *copy);
 
 /* Shared by the three. */
+static inline void mp_copy_store(mp_copy *copy, mp_store *store)
+{
+    mp_store_begin(store, &copy->target, &copy->shared->progress.written, &copy->shared->progress.punched);
+}
 mp_status mp_copy_begin(mp_copy *copy); /* images, workers, pool */
 void mp_copy_finish(mp_copy *copy);     /* frees them; the outcome goes to shared->fault */
 void mp_copy_fail(mp_copy *copy, const mp_fault *fault); /* the first one stays */
@@ -79,6 +84,11 @@ void mp_copy_touch(mp_copy *copy, uint64_t offset, uint64_t length);
 bool mp_copy_touched(const mp_copy *copy, uint64_t offset, uint64_t length); /* any of it */
 /* Reports differing pieces of a unit, units in the order of their offsets. False: the parent is gone. */
 bool mp_copy_report(mp_copy *copy, uint64_t offset, uint64_t length, const mp_bitmap *pieces);
+/* fdatasync of the target, at the end of a run however it ended, when no worker writes any more. Its failure outweighs an
+ * interruption: the kernel reports it once, and the next run would not hear of it. */
+void mp_copy_sync(mp_copy *copy);
+/* Fails the run if an image holds less than it did at the start. */
+void mp_copy_check_sizes(mp_copy *copy);
 bool mp_copy_report_end(mp_copy *copy);
 
 /* Runs a job's body guarded: a SIGBUS becomes an MP_SHRANK fault that names the image and the offset. */

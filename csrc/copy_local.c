@@ -20,7 +20,7 @@ typedef struct window_job {
     mp_copy *copy;
     bool finished, recheck;
     uint64_t offset, length;
-    uint64_t skipped, differing, differing_blocks, written, punched;
+    uint64_t skipped, differing, differing_blocks;
     uint64_t pieces[MP_WINDOW_PIECES / 64];
     mp_status status;
     mp_fault fault;
@@ -82,7 +82,7 @@ static mp_status compare_window(mp_worker *worker, void *argument)
     window_job *w = argument;
     mp_copy *copy = w->copy;
     mp_store store;
-    mp_store_begin(&store, &copy->target);
+    mp_copy_store(copy, &store);
     bool write = copy->write && !w->recheck;
     for (uint64_t span = w->offset; span < w->offset + w->length; span += SPAN) {
         uint64_t span_end = mp_min(span + SPAN, w->offset + w->length);
@@ -113,12 +113,7 @@ static mp_status compare_window(mp_worker *worker, void *argument)
                 return status;
         }
     }
-    mp_status status = mp_store_flush(&store, &w->fault);
-    if (status)
-        return status;
-    w->written = store.written;
-    w->punched = store.punched;
-    return MP_OK;
+    return mp_store_flush(&store, &w->fault);
 }
 
 static void run_window(mp_job *job, void *argument)
@@ -208,9 +203,6 @@ static void settle(mp_copy *copy, window_job *w)
     atomic_fetch_add(&progress->skipped, w->skipped);
     atomic_fetch_add(&progress->differing, w->differing);
     atomic_fetch_add(&progress->differing_blocks, w->differing_blocks);
-    atomic_fetch_add(&progress->written, w->written);
-    atomic_fetch_add(&progress->punched, w->punched);
-    atomic_fetch_add(&progress->sent, w->written);
 }
 
 /* One pass over the images. Windows are handed out while slots are free and come back in order. */
@@ -248,13 +240,9 @@ void mp_copy_local(mp_copy *copy)
     }
     if (slots)
         pass(copy, slots, false);
-    if (copy->write && copy->workers) { /* after a failure too: what was written so far is made durable */
-        int error = mp_disk_sync(copy->target_fd);
-        if (error) {
-            mp_fault fault;
-            mp_fault_io(&fault, error, MP_SIDE_TARGET, 0, "fdatasync");
-            mp_copy_fail(copy, &fault);
-        }
+    if (slots) {
+        mp_copy_check_sizes(copy);
+        mp_copy_sync(copy);
     }
     if (slots && copy->write && copy->recheck && copy->fault.status == MP_OK) {
         atomic_store(&copy->shared->progress.recheck_total, mp_bitmap_count(&copy->touched) * MP_TOUCHED);

@@ -34,9 +34,7 @@ typedef struct unit {
     uint32_t present;         /* blocks whose digest was sent */
     uint64_t zero[MP_BIT_WORDS];
     uint8_t *meta;            /* MP_DIGESTS_META_MAX */
-    mp_reader reader;         /* BULK: the data stays here until it is sent */
-    const uint8_t *data;
-    uint8_t *compact;         /* BULK with zero blocks inside: the others, put together */
+    uint8_t *data;            /* BULK: one of source.bulk_data, until it is sent */
     uint64_t *differ;         /* pieces, when ranges are wanted: MP_ZERO_RUN / MP_PIECE bits */
     mp_status status;
     mp_fault fault;
@@ -76,6 +74,7 @@ typedef struct source {
     unsigned bulk_open, bulk_run;
     uint32_t recent_present, recent_wanted; /* blocks of the last settled windows, halved now and then */
     slot slots[SLOTS];
+    uint8_t *bulk_data[BULK_OPEN]; /* MP_BULK each; the free ones come first */
     unsigned answering; /* slots in the workers' hands */
     want_frame *wants, **wants_last;
     uint64_t wants_bytes;
@@ -136,43 +135,31 @@ static void run_digests(mp_job *job, void *argument)
         mp_outgoing_seal(&u->out, u->owner->session.chan->session);
 }
 
+/* The blocks that are not zero are copied, and only the copy is digested and sent: the source may change meanwhile. */
 static mp_status read_bulk(mp_worker *worker, void *argument)
 {
-    (void)worker;
     unit *u = argument;
-    mp_status status = mp_reader_get(&u->reader, u->shape.offset, u->shape.length, u->shape.length, &u->data, &u->fault);
+    const uint8_t *data;
+    mp_status status = mp_reader_get(&worker->source, u->shape.offset, u->shape.length, u->shape.length, &data, &u->fault);
     if (status)
         return status;
     mp_bulk bulk = {.shape = u->shape};
-    uint32_t blocks = mp_shape_blocks(&u->shape);
-    uint64_t data_length = u->shape.length;
-    bool zeros = false;
-    for (uint32_t i = 0; i < blocks; i++)
-        if (mp_is_zero(u->data + (uint64_t)i * u->shape.block, mp_shape_block_length(&u->shape, i))) {
+    uint64_t data_length = 0;
+    for (uint32_t i = 0; i < mp_shape_blocks(&u->shape); i++) {
+        uint64_t length = mp_shape_block_length(&u->shape, i);
+        const uint8_t *block = data + (uint64_t)i * u->shape.block;
+        if (mp_is_zero(block, length)) {
             mp_bit_set(bulk.zero, i);
-            zeros = true;
+            continue;
         }
-    if (zeros) {
-        if (!u->compact && !(u->compact = malloc(MP_BULK))) {
-            u->fault = (mp_fault){.status = MP_INTERNAL, .text = "out of memory"};
-            return MP_INTERNAL;
-        }
-        data_length = 0;
-        for (uint32_t i = 0; i < blocks; i++) {
-            uint64_t length = mp_shape_block_length(&u->shape, i);
-            if (mp_bit(bulk.zero, i))
-                continue;
-            memcpy(u->compact + data_length, u->data + (uint64_t)i * u->shape.block, length);
-            data_length += length;
-        }
-        u->data = u->compact;
+        memcpy(u->data + data_length, block, length);
+        data_length += length;
     }
     memcpy(u->zero, bulk.zero, sizeof u->zero);
     u->out.meta = u->meta;
     u->out.data = u->data;
     u->out.frame.meta = mp_bulk_encode(u->meta, &bulk);
     u->out.frame.length = u->out.frame.meta + (uint32_t)data_length;
-    mp_outgoing_seal(&u->out, u->owner->session.chan->session); /* reads the data: inside the guard */
     return MP_OK;
 }
 
@@ -180,10 +167,11 @@ static void run_bulk(mp_job *job, void *argument)
 {
     unit *u = (unit *)job;
     mp_worker *worker = argument;
-    mp_reader_begin(&u->reader, &worker->copy->source, u->shape.offset, u->shape.length);
+    mp_reader_begin(&worker->source, &worker->copy->source, u->shape.offset, u->shape.length);
     u->status = mp_worker_guarded(worker, read_bulk, u, &u->fault);
-    if (u->status == MP_SHRANK && !u->fault.side)
-        u->fault.side = MP_SIDE_SOURCE, u->fault.offset = u->shape.offset;
+    mp_reader_end(&worker->source);
+    if (u->status == MP_OK)
+        mp_outgoing_seal(&u->out, u->owner->session.chan->session);
 }
 
 /* One wanted block: decides its pieces and puts their data into the slot. */
@@ -211,7 +199,7 @@ static mp_status answer(mp_worker *worker, slot *t, const unit *u, const mp_want
         if (!copy->write && !(entry.pieces | entry.zeros))
             entry.pieces = nonzero, entry.zeros = all & ~nonzero;
     } else {
-        entry.flags = MP_DATA_WHOLE | (want->kind == MP_WANT_RETRY ? MP_DATA_RETRY : 0);
+        entry.flags = MP_DATA_WHOLE;
         entry.pieces = nonzero;
         entry.zeros = all & ~nonzero;
         if (want->kind == MP_WANT_EMPTY && !copy->write)
@@ -238,7 +226,7 @@ static mp_status fill_slot(mp_worker *worker, void *argument)
     for (uint32_t at = t->at; at < t->end;) {
         mp_want want;
         MP_ASSERT(mp_want_next(&u->shape, w->meta, t->end, &at, &want)); /* checked when it came in */
-        mp_status status = want.kind == MP_WANT_ZERO ? MP_OK : answer(worker, t, u, &want);
+        mp_status status = answer(worker, t, u, &want);
         if (status)
             return status;
     }
@@ -268,10 +256,8 @@ static void unit_sent(mp_outgoing *out)
 {
     unit *u = (unit *)((char *)out - offsetof(unit, out));
     u->sent = true;
-    if (u->kind == BULK) {
-        mp_reader_end(&u->reader);
-        u->owner->bulk_open--;
-    }
+    if (u->kind == BULK)
+        u->owner->bulk_data[--u->owner->bulk_open] = u->data;
 }
 
 static void send_ready(source *s)
@@ -370,7 +356,7 @@ static bool plan(source *s)
     }
     if (kind == BULK) {
         s->bulk_run++;
-        s->bulk_open++;
+        u->data = s->bulk_data[s->bulk_open++];
         s->paused_until_ns = mp_now_ns() + mp_copy_pace(copy, length);
         mp_copy_touch(copy, offset, length);
     }
@@ -390,7 +376,7 @@ static uint32_t cut(const source *s, const want_frame *w)
     mp_want want;
     for (uint64_t data = 0; at < w->frame.meta && data + u->shape.block <= room;) {
         MP_ASSERT(mp_want_next(&u->shape, w->meta, w->frame.meta, &at, &want)); /* checked when it came in */
-        data += want.kind == MP_WANT_ZERO ? 0 : u->shape.block;
+        data += u->shape.block;
     }
     return at;
 }
@@ -439,6 +425,11 @@ static void pump(mp_session *session)
         mp_store64(s->sync_meta, s->recheck);
         s->sync = (mp_outgoing){.frame = {.type = MP_FRAME_SYNC, .meta = 8, .length = 8}, .meta = s->sync_meta};
         s->sync_sent = true;
+        mp_copy_check_sizes(copy);
+        if (copy->fault.status) {
+            mp_session_fail(session, &(mp_fault){.status = copy->fault.status, .side = copy->fault.side, .offset = copy->fault.offset, .text = "the image shrank while it was read"});
+            return;
+        }
         if (!s->recheck) { /* the images are covered: nothing may still be on its way to the parent */
             if (!mp_copy_report_end(copy))
                 mp_copy_fail(copy, &(mp_fault){.status = MP_CANCELLED});
@@ -473,10 +464,6 @@ static void slot_finished(source *s, slot *t)
         free(w);
     }
     t->want = NULL;
-    if (!t->entries) {
-        t->busy = false;
-        return;
-    }
     uint64_t wait = mp_copy_pace(s->copy, t->data_length);
     if (wait)
         s->paused_until_ns = mp_now_ns() + wait;
@@ -527,7 +514,7 @@ static unit *open_unit(source *s, const mp_frame *frame)
     if (frame->count - s->oldest >= s->next_sent - s->oldest)
         return NULL;
     unit *u = unit_of(s, frame->count);
-    return u->settled ? NULL : u;
+    return u->settled || !u->sent ? NULL : u;
 }
 
 static void on_want(source *s, const mp_frame *frame)
@@ -538,7 +525,8 @@ static void on_want(source *s, const mp_frame *frame)
     bool good = w && u && u->kind != BULK;
     uint32_t wanted = 0, limit = good ? mp_shape_blocks(&u->shape) : 0;
     mp_want want;
-    for (uint32_t at = 0; good && at < frame->meta;) {
+    uint32_t kept = 0; /* entries that are no wish are taken out: what is kept holds the unit open until it is answered */
+    for (uint32_t at = 0, begin = 0; good && at < frame->meta; begin = at) {
         good = mp_want_next(&u->shape, w->meta, frame->meta, &at, &want);
         if (!good)
             break;
@@ -549,6 +537,8 @@ static void on_want(source *s, const mp_frame *frame)
         } else {
             good = u->kind == DIGESTS && !u->recheck; /* data is only ever asked of a window of digests */
             wanted++;
+            memmove(w->meta + kept, w->meta + begin, at - begin);
+            kept += at - begin;
         }
         mp_copy_touch(s->copy, u->shape.offset + offset, length);
     }
@@ -563,17 +553,19 @@ static void on_want(source *s, const mp_frame *frame)
         return;
     }
     w->frame = *frame;
+    w->frame.meta = w->frame.length = kept;
     w->at = w->slots = 0;
     w->next = NULL;
     *s->wants_last = w;
     s->wants_last = &w->next;
-    s->wants_bytes += frame->length;
+    s->wants_bytes += kept;
 }
 
 static void on_settled(source *s, const mp_frame *frame)
 {
     unit *u = open_unit(s, frame);
-    if (!u || frame->length != sizeof s->small || u->answered != u->asked || mp_load64(s->small) > u->shape.length || (u->kind == BULK && !u->sent)) {
+    if (!u || frame->length != sizeof s->small || u->answered != u->asked || mp_load64(s->small) > u->shape.length || mp_load64(s->small + 8) + mp_load64(s->small + 16) > u->shape.length
+        || mp_load64(s->small + 24) > mp_shape_blocks(&u->shape) || mp_load64(s->small + 32) > mp_shape_blocks(&u->shape)) {
         mp_session_garbage(&s->session, "the target settled a unit that is not open");
         return;
     }
@@ -668,6 +660,9 @@ static bool make(source *s, mp_copy *copy)
         if (copy->range_fd >= 0 && !(s->units[i].differ = calloc(1, mp_bitmap_bytes(MP_ZERO_RUN / MP_PIECE))))
             return false;
     }
+    for (unsigned i = 0; i < BULK_OPEN; i++)
+        if (!(s->bulk_data[i] = malloc(MP_BULK)))
+            return false;
     for (unsigned i = 0; i < SLOTS; i++)
         if (!(s->slots[i].meta = malloc(MP_DATA_META_MAX)) || !(s->slots[i].data = malloc(MP_BULK)))
             return false;
@@ -679,8 +674,6 @@ static void unmake(source *s)
     for (unsigned i = 0; i < MP_UNITS; i++) {
         free(s->units[i].meta);
         free(s->units[i].differ);
-        free(s->units[i].compact);
-        mp_reader_free(&s->units[i].reader);
     }
     for (unsigned i = 0; i < SLOTS; i++) {
         free(s->slots[i].meta);

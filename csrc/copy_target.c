@@ -29,6 +29,7 @@ typedef struct unit {
     mp_unit_shape shape;
     mp_digests digests;
     bool open, compared, want_queued, settled_queued, recheck;
+    uint32_t slots; /* in the workers' hands */
     uint32_t asked, answered, asked_whole;
     _Atomic uint64_t wanted[MP_BIT_WORDS]; /* blocks asked for and not answered */
     _Atomic uint64_t retried[MP_BIT_WORDS];
@@ -134,7 +135,7 @@ static mp_status compare_window(mp_worker *worker, void *argument)
     unit *u = argument;
     mp_copy *copy = worker->copy;
     mp_store store;
-    mp_store_begin(&store, &copy->target);
+    mp_copy_store(copy, &store);
     uint32_t blocks = mp_shape_blocks(&u->shape);
     uint64_t end = u->shape.offset + u->shape.length;
     bool write = copy->write && !u->recheck;
@@ -194,7 +195,7 @@ static mp_status clear_window(mp_worker *worker, void *argument)
 {
     unit *u = argument;
     mp_store store;
-    mp_store_begin(&store, &worker->copy->target);
+    mp_copy_store(worker->copy, &store);
     uint64_t end = worker->target.offset + worker->target.length;
     mp_status status = MP_OK;
     for (uint64_t at = worker->target.offset; at < end && !status; at += u->shape.block) {
@@ -252,8 +253,11 @@ static mp_status write_block(slot *t, mp_store *store, uint32_t block, uint64_t 
         if (pieces >> i & 1) {
             data = from;
             from += piece;
-            if (here && memcmp(here, data, piece) == 0)
+            bool zero = mp_is_zero(data, piece); /* BULK sends a block's zero pieces like the others; they land as holes too */
+            if (here ? memcmp(here, data, piece) == 0 : zero)
                 continue;
+            if (zero)
+                data = NULL;
         } else if (!(zeros >> i & 1) || !here || mp_is_zero(here, piece)) {
             continue;
         }
@@ -314,7 +318,7 @@ static mp_status take_data(mp_worker *worker, void *argument)
     unit *u = t->unit;
     mp_copy *copy = worker->copy;
     mp_store store;
-    mp_store_begin(&store, &copy->target);
+    mp_copy_store(copy, &store);
     const uint8_t *from = t->payload + t->frame.meta, *end = t->payload + t->frame.length;
     bool marks = t->frame.type == MP_FRAME_MARKS;
     for (uint32_t at = 0; at < t->frame.meta; at += MP_DATA_ENTRY) {
@@ -339,9 +343,7 @@ static mp_status take_data(mp_worker *worker, void *argument)
             continue;
         }
         const uint8_t *own;
-        mp_status status = mp_store_flush(&store, &t->fault); /* the own block may replace what a run still points to */
-        if (!status)
-            status = own_block(worker, t, entry.block, length, &own);
+        mp_status status = own_block(worker, t, entry.block, length, &own);
         if (status)
             return status;
         bool retried = u->retried[entry.block / 64] & bit;
@@ -351,7 +353,7 @@ static mp_status take_data(mp_worker *worker, void *argument)
             atomic_fetch_or(&u->retried[entry.block / 64], bit);
             atomic_fetch_or(&u->wanted[entry.block / 64], bit);
             mp_store32(t->retry_meta + 8 * t->retries, entry.block);
-            mp_store32(t->retry_meta + 8 * t->retries + 4, MP_WANT_RETRY);
+            mp_store32(t->retry_meta + 8 * t->retries + 4, MP_WANT_WHOLE);
             t->retries++;
             from += bytes;
             continue;
@@ -360,11 +362,12 @@ static mp_status take_data(mp_worker *worker, void *argument)
             t->changed++; /* all of it came, verified, and still it is not what was announced: it changed at the source */
         if ((status = write_block(t, &store, entry.block, entry.pieces, entry.zeros, from, own)))
             return status;
-        if ((status = mp_store_flush(&store, &t->fault)))
-            return status;
         mp_copy_touch(copy, u->shape.offset + (uint64_t)entry.block * u->shape.block, length);
         from += bytes;
     }
+    mp_status status = mp_store_flush(&store, &t->fault); /* runs point into the payload: blocks join into larger writes */
+    if (status)
+        return status;
     if (from != end)
         return bad(t, "a data frame is longer than it says");
     t->written += store.written;
@@ -379,7 +382,7 @@ static mp_status take_bulk(mp_worker *worker, void *argument)
     mp_bulk bulk;
     MP_ASSERT(mp_bulk_decode(&bulk, &t->frame, t->payload, u->shape.block)); /* checked when it came in */
     mp_store store;
-    mp_store_begin(&store, &worker->copy->target);
+    mp_copy_store(worker->copy, &store);
     const uint8_t *from = t->payload + t->frame.meta;
     for (uint32_t i = 0; i < mp_shape_blocks(&u->shape); i++) {
         uint64_t length = mp_shape_block_length(&u->shape, i), equal = t->equal, all = mp_piece_mask(mp_pieces_of(length));
@@ -420,7 +423,10 @@ static void run_sync(mp_job *job, void *argument)
     t->sync_error = 0;
     if (!copy->write || t->recheck)
         return;
-    t->sync_error = mp_disk_sync(copy->target_fd);
+    t->sync_error = mp_disk_holds(copy->target_fd, copy->size);
+    if (!t->sync_error)
+        t->sync_error = mp_disk_sync(copy->target_fd);
+    copy->synced = true; /* said once, by this job: a second fdatasync would not repeat the error */
     if (copy->recheck) /* the second pass is to ask the disk, not the cache */
         mp_disk_drop_cache(copy->target_fd, 0, 0);
 }
@@ -431,7 +437,7 @@ static void settled_sent(mp_outgoing *out) { ((unit *)((char *)out - offsetof(un
 
 static void settle_if_done(target *t, unit *u)
 {
-    if (!u->open || !u->compared || u->want_queued || u->answered != u->asked)
+    if (!u->open || !u->compared || u->want_queued || u->slots || u->answered != u->asked)
         return;
     mp_progress *progress = &t->copy->shared->progress;
     u->open = false;
@@ -449,8 +455,6 @@ static void settle_if_done(target *t, unit *u)
     } else {
         atomic_fetch_add(&progress->done, u->shape.length);
         atomic_fetch_add(&progress->skipped, u->equal);
-        atomic_fetch_add(&progress->written, u->written);
-        atomic_fetch_add(&progress->punched, u->punched);
         atomic_fetch_add(&progress->changed_blocks, u->changed);
         atomic_fetch_add(&progress->differing, u->shape.length - u->equal);
         atomic_fetch_add(&progress->differing_blocks, u->differing_blocks);
@@ -527,6 +531,7 @@ static void slot_finished(target *t, slot *s)
         return;
     }
     unit *u = s->unit;
+    u->slots--;
     learn(t, s->refined_pieces, s->refined_differ, 0);
     u->answered += s->answered;
     u->equal += s->equal;
@@ -604,7 +609,7 @@ static void open_unit(target *t, unit *u, const mp_frame *frame, unit_kind kind,
     u->open = true;
     u->compared = u->want_queued = false;
     u->recheck = t->recheck;
-    u->asked = u->answered = u->asked_whole = 0;
+    u->asked = u->answered = u->asked_whole = u->slots = 0;
     u->zeros_at = shape.offset;
     u->equal = u->written = u->punched = u->changed = u->differing_blocks = 0;
     u->status = MP_OK;
@@ -690,9 +695,10 @@ static bool on_data(target *t, const mp_frame *frame)
         s->unit = u;
     } else {
         s->unit = unit_of(t, frame->count);
-        if (frame->count - t->oldest >= t->next - t->oldest || !s->unit->open || s->unit->kind != DIGESTS || frame->meta % MP_DATA_ENTRY || frame->meta > MP_DATA_META_MAX)
+        if (frame->count - t->oldest >= t->next - t->oldest || !s->unit->open || !s->unit->compared || s->unit->kind != DIGESTS || frame->meta % MP_DATA_ENTRY || frame->meta > MP_DATA_META_MAX)
             return false;
     }
+    s->unit->slots++;
     s->owner = t;
     s->frame = *frame;
     s->busy = true;
@@ -777,8 +783,6 @@ void mp_copy_target(mp_copy *copy)
         else
             mp_copy_fail(copy, &(mp_fault){.status = MP_INTERNAL, .text = "out of memory"});
     }
-    if (t && copy->write && copy->fault.status == MP_CANCELLED)
-        mp_disk_sync(copy->target_fd); /* what was done stays done; the run reports the interruption either way */
     mp_copy_finish(copy); /* joins the workers, who may still use the units */
     if (t)
         unmake(t);

@@ -83,6 +83,12 @@ int mp_disk_sync(int fd)
     return fdatasync(fd) < 0 ? errno : 0;
 }
 
+int mp_disk_holds(int fd, uint64_t size)
+{
+    off_t end = lseek(fd, 0, SEEK_END);
+    return end < 0 ? errno : (uint64_t)end < size ? MP_DISK_ENDED : 0;
+}
+
 static int seek(int fd, int whence, uint64_t offset, uint64_t end, uint64_t *found)
 {
     if (offset >= end) {
@@ -91,9 +97,9 @@ static int seek(int fd, int whence, uint64_t offset, uint64_t end, uint64_t *fou
     }
     off_t at = lseek(fd, (off_t)offset, whence);
     if (at < 0) {
-        if (errno == ENXIO) { /* SEEK_DATA: only a hole follows. Past the end the file has shrunk; the read will say so. */
+        if (errno == ENXIO) { /* only a hole follows, or the file has shrunk and nothing follows */
             *found = end;
-            return 0;
+            return mp_disk_holds(fd, end);
         }
         if (errno == EINVAL || errno == EOPNOTSUPP || errno == ESPIPE) {
             *found = whence == SEEK_DATA ? offset : end;
@@ -122,11 +128,6 @@ int mp_disk_open_direct(int fd)
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     return open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
-}
-
-void mp_disk_start_writeback(int fd, uint64_t offset, uint64_t length)
-{
-    (void)sync_file_range(fd, (off_t)offset, (off_t)length, SYNC_FILE_RANGE_WRITE);
 }
 
 void mp_disk_drop_cache(int fd, uint64_t offset, uint64_t length)

@@ -20,6 +20,9 @@ int mp_disk_zero(int fd, uint64_t offset, uint64_t length);
 
 int mp_disk_sync(int fd);
 
+/* Whether the image still holds `size` bytes: 0, MP_DISK_ENDED or an errno. */
+int mp_disk_holds(int fd, uint64_t size);
+
 /* The next byte of data at or after offset, or the end of the image if only a hole follows. An image without hole
  * support is all data. */
 int mp_disk_next_data(int fd, uint64_t offset, uint64_t end, uint64_t *data);
@@ -30,9 +33,6 @@ uint64_t mp_disk_cached(int fd, uint64_t offset, uint64_t length, uint64_t unkno
 
 /* A second descriptor for reads past the page cache, or -1 where the file system has no O_DIRECT. */
 int mp_disk_open_direct(int fd);
-
-/* Starts writing back dirty pages of the range without waiting. Errors show at mp_disk_sync. */
-void mp_disk_start_writeback(int fd, uint64_t offset, uint64_t length);
 
 /* Drops clean pages of the range, so that the next read comes from the disk. */
 void mp_disk_drop_cache(int fd, uint64_t offset, uint64_t length);

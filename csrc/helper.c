@@ -47,12 +47,13 @@ static void close_all_but(int *keep, size_t count)
 
 static void reset_signals(void)
 {
-    for (int number = 1; number < 32; number++)
-        if (number != SIGKILL && number != SIGSTOP)
-            signal(number, SIG_DFL);
-    signal(SIGINT, SIG_IGN); /* the terminal's Ctrl-C reaches the parent, which asks us to stop */
-    signal(SIGQUIT, SIG_IGN);
-    signal(SIGPIPE, SIG_IGN);
+    for (int number = 1; number <= SIGRTMAX; number++)
+        signal(number, SIG_DFL); /* fails for the few that cannot be changed */
+    /* A stop that is sent to the whole group or service reaches the parent too, which asks us to end in good order; if it
+     * dies instead, the kernel kills us. The other two become EPIPE and EFBIG. */
+    static const int ignored[] = {SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGPIPE, SIGXFSZ};
+    for (size_t i = 0; i < sizeof ignored / sizeof *ignored; i++)
+        signal(ignored[i], SIG_IGN);
     sigset_t none;
     sigemptyset(&none);
     pthread_sigmask(SIG_SETMASK, &none, NULL);

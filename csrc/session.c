@@ -29,16 +29,15 @@ static void flush(mp_session *session)
 {
     mp_chan *chan = session->chan;
     if (mp_chan_flush(chan) == MP_CHAN_ERROR) {
-        /* EFAULT: a mapped source went away under the send. Anything else: the peer is gone, but it may have said why,
-         * so what it sent is still read; that ends in its ERROR or in the end of the stream. */
+        /* The peer is gone, but it may have said why: what it sent is still read for a while. That ends in its ERROR, in
+         * the end of the stream, or on_tick ends it. */
         chan->first = NULL;
         chan->last = &chan->first;
-        if (chan->error == EFAULT) {
-            mp_copy_fail(session->copy, &(mp_fault){.status = MP_SHRANK, .side = MP_SIDE_SOURCE, .text = "the image shrank or failed while it was read"});
+        if (!session->lost_ns)
+            session->lost_ns = mp_now_ns() + LINGER;
+        session->input_paused = false;
+        if (session->closing)
             mp_loop_stop(&session->loop);
-        } else if (session->closing) {
-            mp_loop_stop(&session->loop);
-        }
     }
     if (session->closing && !chan->first && session->closing_ns && !session->expect_eof)
         mp_loop_stop(&session->loop);
@@ -72,8 +71,11 @@ static void tell(mp_session *session, const mp_fault *fault)
     if (fault->status == MP_CANCELLED)
         snprintf(sentence, sizeof sentence, "interrupted");
     else
-        snprintf(sentence, sizeof sentence, "%s%s%s%s%s at offset %llu", side[fault->side % 3], fault->side ? ": " : "", fault->text,
-                 fault->error ? ": " : "", fault->error ? strerror(fault->error) : "", (unsigned long long)fault->offset);
+        snprintf(sentence, sizeof sentence, "%s%s%s%s%s", side[fault->side % 3], fault->side ? ": " : "", fault->text,
+                 fault->error ? ": " : "", fault->error ? strerror(fault->error) : "");
+    size_t used = strlen(sentence);
+    if (fault->side) /* an image is to blame: say where */
+        snprintf(sentence + used, sizeof sentence - used, " at offset %llu", (unsigned long long)fault->offset);
     put_json(escaped, sizeof escaped, sentence);
     int length = snprintf(session->error_text, sizeof session->error_text, "{\"code\":%u,\"message\":\"%s\"}", code_of(fault), escaped);
     mp_outgoing *begun = chan->first && chan->first->done ? chan->first : NULL;
@@ -94,6 +96,7 @@ void mp_session_fail(mp_session *session, const mp_fault *fault)
     if (session->closing)
         return;
     session->closing = true;
+    session->input_paused = false; /* what still comes is read and thrown away */
     session->expect_eof = true; /* until it hung up, it may not have read it */
     session->closing_ns = mp_now_ns() + LINGER;
     bool peer_knows = fault->status == MP_PEER_GONE || fault->status == MP_PEER_ERROR;
@@ -117,6 +120,7 @@ void mp_session_end(mp_session *session, bool wait)
     if (session->closing)
         return;
     session->closing = true;
+    session->input_paused = false;
     session->expect_eof = wait;
     session->closing_ns = mp_now_ns() + LAST_WORD;
     flush(session);
@@ -222,9 +226,13 @@ static void receive(mp_session *session)
 
 static void after_round(mp_session *session)
 {
-    if (!session->closing)
-        session->ops->pump(session);
-    flush(session);
+    uint64_t before;
+    do { /* what a frame that went out frees is used at once */
+        before = session->chan->bytes_out;
+        if (!session->closing)
+            session->ops->pump(session);
+        flush(session);
+    } while (!session->closing && session->chan->bytes_out != before);
     mp_progress *progress = &session->copy->shared->progress;
     if (session->chan->bytes_in != session->bytes_in_seen) {
         session->bytes_in_seen = session->chan->bytes_in;
@@ -279,6 +287,14 @@ static void on_tick(void *argument, uint64_t now)
 {
     mp_session *session = argument;
     uint64_t timeout = session->copy->timeout_ns;
+    if (!session->closing && !session->input_paused) { /* this thread may have been held up: look before judging */
+        uint64_t seen = session->chan->bytes_in;
+        receive(session);
+        if (session->chan->bytes_in != seen)
+            session->last_in_ns = now;
+    }
+    if (!session->closing && session->lost_ns && now >= session->lost_ns)
+        peer_left(session, "the connection takes no more data");
     if (session->closing) {
         if (now >= session->closing_ns)
             mp_loop_stop(&session->loop);

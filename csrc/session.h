@@ -35,6 +35,7 @@ struct mp_session {
     bool ping_queued, input_paused, closing, expect_eof, peer_gone;
     char error_text[1024], peer_text[1024];
     uint64_t last_in_ns, last_out_ns, bytes_in_seen, bytes_out_seen, closing_ns;
+    uint64_t lost_ns; /* sending failed; until then the peer may still say why */
 };
 
 /* Runs the session to its end; the outcome is in copy->fault. */

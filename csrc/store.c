@@ -6,9 +6,9 @@
 
 #include <errno.h>
 
-void mp_store_begin(mp_store *store, const mp_image *image)
+void mp_store_begin(mp_store *store, const mp_image *image, _Atomic uint64_t *total_written, _Atomic uint64_t *total_punched)
 {
-    *store = (mp_store){.image = image};
+    *store = (mp_store){.image = image, .total_written = total_written, .total_punched = total_punched};
 }
 
 mp_status mp_store_flush(mp_store *store, mp_fault *fault)
@@ -22,6 +22,7 @@ mp_status mp_store_flush(mp_store *store, mp_fault *fault)
         if (error)
             return mp_fault_io(fault, error, store->image->side, offset, "punch a hole");
         store->punched += length;
+        atomic_fetch_add(store->total_punched, length);
         return MP_OK;
     }
     int error = mp_disk_write(store->image->fd, store->data, length, offset);
@@ -32,6 +33,7 @@ mp_status mp_store_flush(mp_store *store, mp_fault *fault)
     if (error)
         return mp_fault_io(fault, error, store->image->side, offset, "write");
     store->written += length;
+    atomic_fetch_add(store->total_written, length);
     return MP_OK;
 }
 

@@ -18,9 +18,10 @@ typedef struct mp_store {
     uint64_t offset, length; /* the run being gathered */
     const uint8_t *data;     /* NULL: zeros */
     uint64_t written, punched; /* bytes since mp_store_begin */
+    _Atomic uint64_t *total_written, *total_punched; /* grow with every write, so that an interrupted run tells the truth */
 } mp_store;
 
-void mp_store_begin(mp_store *store, const mp_image *image);
+void mp_store_begin(mp_store *store, const mp_image *image, _Atomic uint64_t *total_written, _Atomic uint64_t *total_punched);
 /* Adds bytes [offset, offset + length); data NULL: they become zeros (a hole where the image can). */
 mp_status mp_store_add(mp_store *store, uint64_t offset, uint64_t length, const uint8_t *data, mp_fault *fault);
 mp_status mp_store_flush(mp_store *store, mp_fault *fault);

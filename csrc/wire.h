@@ -10,7 +10,8 @@
  * and the source sends, for a WANT,
  *   DATA     the pieces whose tags differ; the target merges them into its own block, and the whole must then have the
  *            128-bit digest that DIGESTS announced; if not (a tag that collided, a source that changed) the block is wanted whole
- *   MARKS    in a dry run: which pieces differ, without their data
+ *   MARKS    in a dry run: which pieces differ, without their data; by their tags, so one piece in 2^32 that differs may be
+ *            missing from the list (never a block: that is found by its digest)
  * So digests and data stream one way and only short questions the other; nothing ever waits for one unit before the next
  * is on its way. SYNC asks for fdatasync when all units are settled; SYNCED says that it was done.
  *
@@ -45,13 +46,11 @@
 enum mp_want_kind {
     MP_WANT_REFINE = 0, /* here are my pieces' tags */
     MP_WANT_EMPTY = 1,  /* my block is all zeros */
-    MP_WANT_WHOLE = 2,  /* send everything */
-    MP_WANT_RETRY = 3,  /* send everything again: what I merged is not what you announced */
-    MP_WANT_ZERO = 4,   /* not a wish: your block is zero, mine was not (I zero it myself) */
+    MP_WANT_WHOLE = 2,  /* send everything: refining does not pay, or what I merged is not what you announced */
+    MP_WANT_ZERO = 3,   /* not a wish: your block is zero, mine was not (I zero it myself) */
 };
 
 #define MP_DATA_WHOLE 1u /* every piece is in `pieces` or in `zeros` */
-#define MP_DATA_RETRY 2u
 
 typedef struct mp_unit_shape { /* a unit of blocks and how it is cut */
     uint64_t offset, length;

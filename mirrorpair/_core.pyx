@@ -423,7 +423,8 @@ cdef class Helper:
 
     def _progress(self):
         cdef mp_progress *p = &self.helper.shared.progress
-        return Progress(p.total, p.done, p.skipped, p.sent, p.differing, p.differing_blocks, p.written, p.punched,
+        sent = p.sent if self.channel is not None else p.written  # nothing travels between two images of one host
+        return Progress(p.total, p.done, p.skipped, sent, p.differing, p.differing_blocks, p.written, p.punched,
                         p.wire_out, p.wire_in, p.changed_blocks, p.recheck_total, p.recheck_done)
 
     def progress(self):

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import frames
 from relay import Damage, Relay
@@ -34,6 +34,8 @@ from mirrorpair import _core
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from relay import Stream
 
 KIB = 1024
 PIECE = 4 * KIB
@@ -178,13 +180,23 @@ class Mode:
     timeout: float = END_S
 
 
+class Ended(NamedTuple):
+    """An outcome of the core, which itself cannot be pickled."""
+
+    status: int
+    errno: int
+    offset: int
+    side: str
+    text: str
+
+
 @dataclass
 class Run:
     pair: Pair
     mode: Mode
     damage: Damage
-    source: _core.Outcome
-    target: _core.Outcome
+    source: Ended
+    target: Ended
     forth: bytes  # what was sent to the target; empty when it is of no interest
     back: bytes
     differing: list[tuple[int, list[tuple[int, int]]]]
@@ -250,8 +262,8 @@ def go(pair: Pair, damage: Damage, mode: Mode | None = None) -> Run:
             pair=pair,
             mode=mode,
             damage=damage,
-            source=helpers[0].outcome(),
-            target=helpers[1].outcome(),
+            source=Ended(*helpers[0].outcome()),
+            target=Ended(*helpers[1].outcome()),
             forth=bytes(relay.forth.given),
             back=bytes(relay.back.given),
             differing=[(h.progress().differing_bytes, h.take_ranges()) for h in helpers],

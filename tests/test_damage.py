@@ -7,7 +7,6 @@ run is judged (copied.py).
 
 from __future__ import annotations
 
-import random
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +49,7 @@ from mirrorpair.errors import MirrorpairError
 from mirrorpair.listener import Listener
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
