@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
-from contextlib import ExitStack
+import threading
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 60.0  # never met; a run that hangs must fail and not block the suite
 FIRST_SEED = int(os.environ.get("MIRRORPAIR_TEST_SEED", "1"))
 SEEDS = int(os.environ.get("MIRRORPAIR_COPY_SEEDS", "40"))
+PING = 16  # frame.h
 BLOCKS = [4096, 16384, 65536, 65536, 262144]
 
 
@@ -260,3 +263,134 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             helper.outcome()
     finally:
         helper.close()
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("how", ["local", "unix"])
+def test_an_image_that_is_shorter_than_it_was_is_an_error_also_where_it_is_a_hole(
+    how: str, side: str, tmp_path: Path, rng: random.Random
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    size = 40 << 20
+    for path in (source, target):
+        path.write_bytes(rng.randbytes(1 << 20))
+        os.truncate(path, size)
+    os.truncate(tmp_path / side, 2 << 20)  # between the look at its size and the scan
+    old = target.read_bytes()
+    with ExitStack() as near, ExitStack() as far, source.open("rb") as a, target.open("r+b") as b:
+        if how == "local":
+            helpers = [_core.Helper.local(a.fileno(), b.fileno(), size=size, block_size=65536, write=True)]
+            finish(*helpers)
+        else:
+            here, there = connect(how, near, far)
+            helpers = [
+                _core.Helper.source(a.fileno(), here, size=size, block_size=65536, seed=1, write=True),
+                _core.Helper.target(b.fileno(), there, size=size, block_size=65536, seed=1, write=True),
+            ]
+            finish(*helpers, hang_up=near)
+    blamed = helpers[0 if side == "source" else -1].outcome()
+    assert (blamed.status, blamed.side) == (_core.OUTCOME_SHRANK, side)
+    assert all(helper.outcome().status in (_core.OUTCOME_SHRANK, _core.OUTCOME_PEER_ERROR) for helper in helpers)
+    assert target.read_bytes() == old
+
+
+def test_an_interrupted_run_counts_what_it_wrote(tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(rng.randbytes(8 << 20))
+    target.write_bytes(b"")
+    os.truncate(target, 8 << 20)
+    with source.open("rb") as a, target.open("r+b") as b:
+        helper = _core.Helper.local(
+            a.fileno(), b.fileno(), size=8 << 20, block_size=65536, write=True, rate=1 << 20, threads=1
+        )
+        while not helper.progress().written_bytes:
+            helper.poll(0.01)
+        helper.cancel()
+        finish(helper)
+    assert helper.outcome().status == _core.OUTCOME_CANCELLED
+    data = target.read_bytes()
+    written = (
+        sum(data[at : at + 4096] == source.read_bytes()[at : at + 4096] for at in range(0, 8 << 20, 65536)) * 65536
+    )
+    assert helper.progress().written_bytes == written > 0
+
+
+@pytest.mark.parametrize("how", ["local", "unix"])
+def test_zero_pieces_inside_differing_blocks_become_holes_in_every_mode(
+    how: str, tmp_path: Path, rng: random.Random
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    block = b"".join(rng.randbytes(4096) if i % 4 else bytes(4096) for i in range(16))
+    source.write_bytes(block * 1280)  # 80 MiB: long enough that the source sends unasked
+    target.write_bytes(b"")
+    os.truncate(target, len(block) * 1280)
+    expected = run(how, source, target, block=65536, write=False)[0].progress().differing_bytes
+    counted = run(how, source, target, block=65536, write=True)[0].progress()
+    assert expected == counted.differing_bytes == counted.written_bytes == len(block) * 1280 * 3 // 4
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_blocks * 512 <= expected + (1 << 20)
+
+
+def test_a_source_that_changes_all_the_time_is_no_damage_on_the_way(tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    size = 64 << 20
+    source.write_bytes(rng.randbytes(size))
+    target.write_bytes(rng.randbytes(size))
+    stop = threading.Event()
+
+    def scribble() -> None:
+        with source.open("r+b") as file:
+            while not stop.is_set():
+                os.pwrite(file.fileno(), os.urandom(4096), random.randrange(size >> 12) << 12)
+
+    writer = threading.Thread(target=scribble)
+    writer.start()
+    try:
+        with ExitStack() as near, ExitStack() as far, source.open("rb") as a, target.open("r+b") as b:
+            here, there = connect("unix", near, far)
+            helpers = [
+                _core.Helper.source(a.fileno(), here, size=size, block_size=65536, seed=1, write=True),
+                _core.Helper.target(b.fileno(), there, size=size, block_size=65536, seed=1, write=True),
+            ]
+            finish(*helpers, hang_up=near)
+    finally:
+        stop.set()
+        writer.join()
+    assert {helper.outcome().status for helper in helpers} <= {_core.OUTCOME_OK, _core.OUTCOME_SOURCE_CHANGED}
+    run("unix", source, target, block=65536, write=True)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_stop_signal_to_the_helper_alone_does_not_end_it(tmp_path: Path, rng: random.Random) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(rng.randbytes(1 << 20))
+    target.write_bytes(bytes(1 << 20))
+    with source.open("rb") as a, target.open("r+b") as b:
+        helper = _core.Helper.local(a.fileno(), b.fileno(), size=1 << 20, block_size=65536, write=True, rate=4 << 20)
+        while not helper.progress().written_bytes:
+            helper.poll(0.01)
+        os.kill(helper.pid, signal.SIGTERM)
+        finish(helper)
+    assert helper.outcome().status == _core.OUTCOME_OK
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_peer_that_takes_no_data_any_more_but_keeps_talking_does_not_hold_the_source(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(rng.randbytes(64 << 20))
+    with ExitStack() as near, ExitStack() as far, source.open("rb") as a:
+        mine, peer = (stack.enter_context(end) for stack, end in zip((near, far), socket.socketpair(), strict=True))
+        here, there = (_core.Channel(end.fileno(), end.fileno(), 5) for end in (mine, peer))
+        helper = _core.Helper.source(a.fileno(), here, size=64 << 20, block_size=4096, seed=1, write=True, timeout=2)
+        with peer:
+            peer.shutdown(socket.SHUT_RD)
+            left = int(DEADLINE_S / 0.05)
+            while not helper.poll(0.05) and left:
+                left -= 1
+                with suppress(OSError):
+                    there.send(PING, b"", 1)
+        helper.close()
+    assert left, "it hangs"
+    assert helper.outcome().status == _core.OUTCOME_PEER_GONE
