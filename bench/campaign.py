@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bench.subjects import Subject
 
 Cache = Literal["warm", "cold"]
-_BUILDS = 3
+_REBUILDS = 2
 
 
 @dataclass
@@ -198,13 +198,15 @@ class Campaign:
         return group
 
     def _images(self) -> Pair:
-        """Warm ones are built again when somebody else's work pushed them out of memory: read back they have other folios."""
-        for attempt in range(_BUILDS):
-            pair = self._plan.images(self._shop, self._plan)
-            if self._plan.cache == "cold" or pair.resident() or attempt == _BUILDS - 1:
+        """Warm ones are built again when other work pushed them out of memory: read back they have other folios."""
+        pair = self._plan.images(self._shop, self._plan)
+        if self._plan.cache == "cold":
+            return pair
+        for _ in range(_REBUILDS):
+            if pair.resident():
                 break
-        if self._plan.cache == "warm":
-            pair.warm()
+            pair = self._plan.images(self._shop, self._plan)
+        pair.warm()
         return pair
 
     def _server(self) -> contextlib.AbstractContextManager[Server | None]:

@@ -628,8 +628,7 @@ def test_the_sending_engine_survives_a_window_that_shrinks_under_it(cached: bool
     assert outcomes["target"].status == _core.OUTCOME_PEER_ERROR, outcomes
 
 
-def test_data_on_its_way_out_of_a_mapping_that_is_gone_is_an_error(tmp_path: Path) -> None:
-    """Unasked data is sent from the mapping itself: what the kernel cannot read there must not become zeros."""
+def test_unasked_data_of_a_source_that_is_gone_does_not_become_zeros(tmp_path: Path) -> None:
     size = 8 * WINDOW
     source = tmp_path / "source.img"
     source.write_bytes(random.Random(SEED).randbytes(64 * KIB) * (size // (64 * KIB)))

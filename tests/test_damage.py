@@ -377,7 +377,7 @@ def data_of(*entries: bytes, payload: bytes = b"") -> Callable[[Peer], None]:
 def refined_wrongly_twice(peer: Peer) -> None:
     wide_refined(peer)
     data(peer, frames.entry(1, 0b0010), payload=PAGE)
-    assert peer.expect(frames.WANT).meta == frames.want(1, frames.WANT_RETRY)
+    assert peer.expect(frames.WANT).meta == frames.want(1, frames.WANT_WHOLE)
     data(peer, frames.entry(1, 0b0010), payload=PAGE)
 
 
@@ -662,7 +662,7 @@ SOURCE_CASES: dict[str, Callable[[Peer], object]] = {
     "asks for a block that is not there": asks(frames.want(4, frames.WANT_WHOLE)),
     "asks for a block far away": asks(frames.want(0xFFFFFFFF, frames.WANT_WHOLE)),
     "asks for data of a hole": asks(frames.want(0, frames.WANT_WHOLE), count=0),
-    "asks in an unknown way": asks(frames.want(0, 5)),
+    "asks in an unknown way": asks(frames.want(0, 4)),
     "asks in an unknowable way": asks(frames.want(0, 0xFFFFFFFF)),
     "asks with half an entry": asks(frames.want(0, frames.WANT_WHOLE)[:5]),
     "asks with tags missing": asks(frames.want(0, frames.WANT_REFINE, TAGS[:12])),
