@@ -13,7 +13,7 @@
 #include <time.h>
 
 #define SLOTS 32u
-#define SPAN MP_BULK /* bytes compared before their writes go out: what a reader holds at once */
+#define SPAN ((uint64_t)2 << 20) /* bytes compared between two looks ahead: what a reader fetches at once */
 
 typedef struct window_job {
     mp_job job;

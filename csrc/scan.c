@@ -8,6 +8,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define FETCH ((uint64_t)2 << 20) /* one huge page: see the measurement in scan.h */
+#define FETCH_ALIGN ((size_t)2 << 20)
+
 void mp_image_open(mp_image *image, int fd, uint64_t size, mp_side side)
 {
     *image = (mp_image){.fd = fd, .direct_fd = mp_disk_open_direct(fd), .size = size, .side = side};
@@ -87,11 +90,12 @@ static mp_status fill(mp_reader *reader, uint64_t offset, uint64_t length, mp_fa
 {
     const mp_image *image = reader->image;
     if (!reader->buffer) {
-        reader->buffer = aligned_alloc(4096, MP_BULK + 4096);
+        reader->buffer = aligned_alloc(FETCH_ALIGN, FETCH);
         if (!reader->buffer) {
             *fault = (mp_fault){.status = MP_INTERNAL, .text = "out of memory"};
             return MP_INTERNAL;
         }
+        (void)madvise(reader->buffer, FETCH, MADV_HUGEPAGE); /* one segment of a request per huge page, not per 4 KiB */
     }
     /* Offsets are multiples of a piece; only the end of the image may not be. O_DIRECT wants whole sectors, and gives a
      * short answer at the end of a file, which is all right as long as it reaches the image's size. */
@@ -133,7 +137,7 @@ mp_status mp_reader_get(mp_reader *reader, uint64_t offset, uint64_t length, uin
     }
     if (offset < reader->buffer_offset || offset + length > reader->buffer_offset + reader->buffer_length) {
         ahead = mp_min(ahead, mp_ceil_div(reader->chosen_end - offset, MP_PIECE) * MP_PIECE);
-        uint64_t fetch = mp_min(mp_min(mp_max(length, ahead), MP_BULK), reader->offset + reader->length - offset);
+        uint64_t fetch = mp_min(mp_min(mp_max(length, ahead), FETCH), reader->offset + reader->length - offset);
         mp_status status = fill(reader, offset, fetch, fault);
         if (status)
             return status;
