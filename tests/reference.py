@@ -46,8 +46,10 @@ def random_size(rng: random.Random) -> int:
     """Sizes that meet every edge: empty, below and above a piece, a window, or anything up to 32 MiB."""
     window = 8 << 20
     return rng.choice(
-        [0, 1, 4095, 4096, 4097, 65536, rng.randrange(1 << 20), rng.randrange(1 << 24), rng.randrange(1 << 25)]
-        + [window + rng.choice([-1, 0, 1, 4097])]
+        [
+            *(0, 1, 4095, 4096, 4097, 65536, window + rng.choice([-1, 0, 1, 4097])),
+            *(rng.randrange(1 << 20), rng.randrange(1 << 24), rng.randrange(1 << 25)),
+        ]
     )
 
 

@@ -103,7 +103,7 @@ def test_damage_at_every_byte_of_a_session_is_detected(kind: Kind, rng: random.R
     last = [frame.start for frame in frames.parse(run.back)][-1]
     slow = [case for case in cases if case.back and case.offset >= last]
     quick = [case for case in cases if case not in slow]
-    runs = all_well(pair, quick, Mode(timeout=2.0)) + all_well(pair, slow, Mode(timeout=4.0), at_once=16)
+    runs = all_well(pair, quick, Mode(timeout=2.0)) + all_well(pair, slow, Mode(timeout=4.0), at_once=24)
     if kind != "duplicate":  # behind the last frame that is no damage
         nobody_is_content(runs)
 
@@ -111,7 +111,7 @@ def test_damage_at_every_byte_of_a_session_is_detected(kind: Kind, rng: random.R
 @pytest.mark.parametrize("kind", ["drop", "insert"])
 def test_bytes_too_few_or_too_many_at_any_place_are_noticed(kind: Kind, rng: random.Random) -> None:
     pair = every_frame()
-    places = offsets(clean(pair))[rng.randrange(3) :: 3]
+    places = offsets(clean(pair))[rng.randrange(4) :: 4]
     all_well(pair, [damage_of(kind, at, back, rng) for at, back in places], Mode(timeout=SHORT_S), at_once=6)
 
 
