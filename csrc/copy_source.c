@@ -649,6 +649,13 @@ static void frame(mp_session *session, const mp_frame *frame, void *payload)
     }
 }
 
+/* Own jobs are at work, or the target's fdatasync: that of a full cache onto a slow disk takes minutes. */
+static bool waits_rightly(mp_session *session)
+{
+    const source *s = session->owner;
+    return s->sync_sent || s->copy->pool.pending;
+}
+
 static bool make(source *s, mp_copy *copy)
 {
     s->copy = copy;
@@ -688,7 +695,7 @@ static void unmake(source *s)
 
 void mp_copy_source(mp_copy *copy)
 {
-    static const mp_session_ops ops = {payload, frame, finished, pump};
+    static const mp_session_ops ops = {payload, frame, finished, pump, waits_rightly};
     source *s = NULL;
     if (mp_copy_begin(copy) == MP_OK) {
         s = calloc(1, sizeof *s);

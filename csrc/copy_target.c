@@ -743,6 +743,12 @@ static void pump(mp_session *session)
         settle_if_done(t, unit_of(t, id));
 }
 
+static bool waits_rightly(mp_session *session)
+{
+    const target *t = session->owner;
+    return t->copy->pool.pending; /* own jobs are at work */
+}
+
 static bool make(target *t, mp_copy *copy)
 {
     t->copy = copy;
@@ -774,7 +780,7 @@ static void unmake(target *t)
 
 void mp_copy_target(mp_copy *copy)
 {
-    static const mp_session_ops ops = {payload, frame, finished, pump};
+    static const mp_session_ops ops = {payload, frame, finished, pump, waits_rightly};
     target *t = NULL;
     if (mp_copy_begin(copy) == MP_OK) {
         t = calloc(1, sizeof *t);

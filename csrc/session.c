@@ -9,6 +9,7 @@
 #define SECOND ((uint64_t)1000000000)
 #define TICK (20 * 1000000u)    /* also the granularity of a rate limit */
 #define LINGER (2 * SECOND)     /* for the peer to read why we failed */
+#define STANDSTILL 20           /* times the time-out: 4 MiB in the kernel's buffers at 10 KiB/s are 400 s without an answer */
 #define LAST_WORD (10 * SECOND) /* for the peer to close after all was well */
 
 void mp_session_send(mp_session *session, mp_outgoing *out) { mp_chan_queue(session->chan, out); }
@@ -145,6 +146,7 @@ static bool common_frame(mp_session *session, const mp_frame *frame)
 {
     if (frame->type == MP_FRAME_PING)
         return true;
+    session->last_frame_ns = mp_now_ns();
     if (frame->type != MP_FRAME_ERROR)
         return false;
     mp_fault fault = {.status = MP_PEER_ERROR};
@@ -241,7 +243,7 @@ static void after_round(mp_session *session)
     }
     if (session->chan->bytes_out != session->bytes_out_seen) {
         session->bytes_out_seen = session->chan->bytes_out;
-        session->last_out_ns = mp_now_ns();
+        session->last_out_ns = session->queue_moved_ns = mp_now_ns();
         atomic_store(&progress->wire_out, session->bytes_out_seen);
     }
     watch(session);
@@ -305,6 +307,18 @@ static void on_tick(void *argument, uint64_t now)
         snprintf(fault.text, sizeof fault.text, "no byte from the peer for %.1f s", (double)(now - session->last_in_ns) / 1e9);
         mp_session_fail(session, &fault);
     }
+    if (!session->chan->first)
+        session->queue_moved_ns = now;
+    bool arriving = session->chan->in_frame && session->chan->frame.type != MP_FRAME_PING; /* silence is judged above */
+    if (session->copy->rate || session->input_paused || arriving || session->ops->waits_rightly(session))
+        session->last_frame_ns = now;
+    bool takes_nothing = now - mp_min(now, session->queue_moved_ns) > STANDSTILL * timeout;
+    if (!session->closing && (takes_nothing || now - mp_min(now, session->last_frame_ns) > STANDSTILL * timeout)) {
+        mp_fault fault = {.status = MP_PEER_SILENT};
+        snprintf(fault.text, sizeof fault.text, "the peer lives but %s for %.1f s", takes_nothing ? "takes no data" : "does not go on",
+                 (double)(STANDSTILL * timeout) / 1e9);
+        mp_session_fail(session, &fault);
+    }
     if (!session->closing && !session->ping_queued && !session->chan->first && now - session->last_out_ns > mp_min(timeout / 4, 5 * SECOND)) {
         session->ping_queued = true;
         session->ping = (mp_outgoing){.frame = {.type = MP_FRAME_PING}, .sent = ping_sent};
@@ -320,7 +334,7 @@ void mp_session_run(mp_session *session, mp_copy *copy, const mp_session_ops *op
     session->chan = copy->chan;
     session->ops = ops;
     session->owner = owner;
-    session->last_in_ns = session->last_out_ns = mp_now_ns();
+    session->last_in_ns = session->last_out_ns = session->last_frame_ns = session->queue_moved_ns = mp_now_ns();
     bool good = mp_loop_init(&session->loop) == MP_OK;
     mp_loop *loop = &session->loop;
     good = good && mp_loop_add(loop, copy->chan->fd_in, MP_LOOP_READ, on_connection, session);

@@ -4,6 +4,8 @@
  *  - The loop thread moves bytes and hands out jobs; everything that reads an image or computes runs in the pool.
  *  - The end that fails tells the other why (ERROR) and gives it time to read that before the connection goes.
  *  - A peer that sends no byte for `timeout` is given up (MP_PEER_SILENT); a busy one sends PING, so a slow disk is not silence.
+ *  - PING does not help for ever: a peer that takes no byte of what is queued, or sends nothing else while only it can go on,
+ *    is given up after 20 x `timeout`. A rate limit makes long gaps; then the second is not judged.
  *  - Whoever receives can always go on receiving: memory for a payload never depends on something being sent first.
  *
  * Contract: the owner (copy_source.c, copy_target.c) fills `ops`; all call-backs run in the loop thread.
@@ -23,6 +25,7 @@ typedef struct mp_session_ops {
     void (*frame)(mp_session *session, const mp_frame *frame, void *payload); /* complete; digest not checked yet */
     void (*finished)(mp_session *session, mp_job *job);
     void (*pump)(mp_session *session); /* after every round: start what can be started */
+    bool (*waits_rightly)(mp_session *session); /* it is not the peer's turn, or its turn may take long */
 } mp_session_ops;
 
 struct mp_session {
@@ -35,6 +38,7 @@ struct mp_session {
     bool ping_queued, input_paused, closing, expect_eof, peer_gone;
     char error_text[1024], peer_text[1024];
     uint64_t last_in_ns, last_out_ns, bytes_in_seen, bytes_out_seen, closing_ns;
+    uint64_t last_frame_ns, queue_moved_ns; /* a frame other than PING came; the queue was empty or moved */
     uint64_t lost_ns; /* sending failed; until then the peer may still say why */
 };
 

@@ -169,10 +169,11 @@ Progress = _namedtuple(
     "Progress",
     "total_bytes done_bytes skipped_bytes sent_bytes differing_bytes differing_blocks written_bytes punched_bytes "
     "wire_out_bytes wire_in_bytes changed_blocks recheck_total_bytes recheck_done_bytes",
+    module=__name__,
 )
 Progress.__doc__ = "Counters of a copy run, as true as at the moment they were read. skipped_bytes: found equal."
 
-Outcome = _namedtuple("Outcome", "status errno offset side text")
+Outcome = _namedtuple("Outcome", "status errno offset side text", module=__name__)
 Outcome.__doc__ = "How a copy run ended: an OUTCOME_ number; errno (or signal), byte offset and side where they apply."
 
 

@@ -16,8 +16,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if ROOT not in sys.path:
     sys.path.append(ROOT)  # behind the installed package, so that it is that one which is measured
 
-from bench.workshop import CannotRun  # noqa: E402
 from bench.smoke import groups, run_group  # noqa: E402
+from bench.workshop import CannotRun  # noqa: E402
 
 
 @pytest.mark.parametrize("name", groups())

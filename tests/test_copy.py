@@ -394,3 +394,22 @@ def test_a_peer_that_takes_no_data_any_more_but_keeps_talking_does_not_hold_the_
         helper.close()
     assert left, "it hangs"
     assert helper.outcome().status == _core.OUTCOME_PEER_GONE
+
+
+@pytest.mark.parametrize("role", ["source", "target"])
+def test_a_peer_that_gives_nothing_but_signs_of_life_is_given_up(role: str, tmp_path: Path, rng: random.Random) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(rng.randbytes(4 << 20))
+    with ExitStack() as near, ExitStack() as far, image.open("r+b") as file:
+        here, there = connect("unix", near, far)
+        start = _core.Helper.source if role == "source" else _core.Helper.target
+        helper = start(file.fileno(), here, size=4 << 20, block_size=4096, seed=1, write=True, timeout=0.2)
+        left = int(DEADLINE_S / 0.02)
+        while not helper.poll(0.02) and left:
+            left -= 1
+            with suppress(OSError, TimeoutError):
+                there.send(PING, b"", 0.1)
+        helper.close()
+    assert left, "it hangs"
+    assert helper.outcome().status == _core.OUTCOME_PEER_SILENT
+    assert "lives but" in helper.outcome().text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import socket
 import threading
@@ -39,6 +40,11 @@ def test_a_digest_does_not_depend_on_the_data_s_alignment(kernel: str) -> None:
     for shift in range(64):
         copy = memoryview(shifted)[shift : shift + 65536]
         assert _core.digest128(copy, 5, kernel) == _core.digest128(bytes(copy), 5, kernel)
+
+
+def test_what_the_core_returns_can_be_pickled() -> None:
+    outcome = _core.Outcome(1, 2, 3, "source", "text")
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
 
 
 def test_a_forced_kernel_that_cannot_run_raises() -> None:
