@@ -81,7 +81,7 @@ def error_of(outcome: _core.Outcome, scene: Scene, ending: str = "") -> Mirrorpa
     if status == _core.OUTCOME_RECHECK:
         return ImageError(
             f"{scene.target}: what was written at offset {outcome.offset} does not read back as it was written; "
-            "do not trust this disk or its path, check the kernel's log"
+            "either the source changed meanwhile, or this disk or its path cannot be trusted: check the kernel's log"
         )
     if status == _core.OUTCOME_KILLED:
         return LocalError(
