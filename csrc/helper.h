@@ -5,7 +5,8 @@
  * never returns into it, and holds only the descriptors it needs. It costs about a millisecond.
  *
  * The child starts threads and allocates, although the parent may have had other threads at the fork. glibc makes its malloc
- * safe for that; an allocator that does not (ASan's: seen to hang, its lock was held at the fork) can stop the child.
+ * safe for that; another allocator may not (ASan's: its lock was held at the fork, and the child hung). So the caller sees
+ * to it that none of its threads allocates during mp_helper_start: _core.pyx calls it with the GIL held.
  *
  * Contract: the parent keeps its descriptors and closes them; it polls, and reaps through mp_helper_close, which also ends
  * a child that still runs. If the parent dies the child is killed by the kernel (PR_SET_PDEATHSIG).

@@ -488,8 +488,8 @@ cdef _start(int arrangement, int source_fd, int target_fd, Channel channel, uint
     cdef Helper helper = Helper()
     cdef int error
     helper.channel = channel
-    with nogil:
-        error = mp_helper_start(&helper.helper, &copy, arrangement)
+    # With the GIL held: no other Python thread can be inside an allocator at the fork (helper.h). It takes a millisecond.
+    error = mp_helper_start(&helper.helper, &copy, arrangement)
     if error:
         raise OSError(error, _os.strerror(error))
     helper.closed = False

@@ -18,6 +18,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -234,15 +235,15 @@ def closing(*fds: int) -> Iterator[None]:
             os.close(fd)
 
 
-def go(pair: Pair, damage: Damage, mode: Mode | None = None) -> Run:
-    """Copies `pair` through the damaged line, and judges."""
+def go(pair: Pair, damage: Damage, mode: Mode | None = None, pool: ThreadPoolExecutor | None = None) -> Run:
+    """Copies `pair` through the damaged line, whose threads are taken from `pool`, and judges."""
     mode = mode or Mode()
     source_fd, target_fd = pair.open_source(), pair.open_target()
     near, first = socket.socketpair()
     second, far = socket.socketpair()
     with closing(source_fd, target_fd):
         old, new = pages(target_fd), pages(source_fd)
-        with Relay(first, second, damage) as relay:
+        with Relay(first, second, damage, pool) as relay:
             helpers = []
             try:
                 for begin, fd, sock in (
@@ -357,10 +358,21 @@ def offsets(run: Run) -> list[tuple[int, bool]]:
     return [(at, back) for back, stream in ((False, run.forth), (True, run.back)) for at in range(len(stream))]
 
 
+def all_started(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads all run already. A thread that starts or ends during a fork may hold locks of ASan's own,
+    which it would hold for ever in the child.
+    """
+    pool = ThreadPoolExecutor(count)
+    together = threading.Barrier(count)
+    for _ in pool.map(lambda _: together.wait(END_S), range(count)):
+        pass
+    return pool
+
+
 def main() -> None:
     pair, cases, mode, at_once = pickle.loads(sys.stdin.buffer.read())
-    with ThreadPoolExecutor(at_once) as pool:
-        runs = list(pool.map(lambda damage: go(pair, damage, mode), cases))
+    with all_started(at_once) as pool, all_started(2 * at_once) as relays:
+        runs = list(pool.map(lambda damage: go(pair, damage, mode, relays), cases))
     for run in runs:
         run.forth = run.back = b""
     sys.stdout.buffer.write(pickle.dumps(runs))

@@ -4,7 +4,7 @@ damage.
 Rules:
 - Byte-exact: whatever chunks the kernel makes, the damage happens at the stated offset of that direction's stream.
 - What each direction was given and what it passed on is kept, so that a test knows what was really done to the line.
-- The end of a stream is passed on as one. Nothing outlives the `with`.
+- The end of a stream is passed on as one. Nothing outlives the `with`, but threads of a pool that was handed in.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -99,21 +100,21 @@ class Stream:
 
 
 class Relay:
-    """Owns both sockets from the start on."""
+    """Owns both sockets from the start on. A `pool` must have two threads free for each relay that lives."""
 
-    def __init__(self, first: socket.socket, second: socket.socket, damage: Damage) -> None:
+    def __init__(
+        self, first: socket.socket, second: socket.socket, damage: Damage, pool: ThreadPoolExecutor | None = None
+    ) -> None:
         self.forth = Stream(None if damage.back else damage)
         self.back = Stream(damage if damage.back else None)
         self._damage = damage
         self._sockets = (first, second)
         for sock in self._sockets:
             sock.settimeout(None)
-        self._threads = [
-            threading.Thread(target=self._run, args=(first, second, self.forth), daemon=True),
-            threading.Thread(target=self._run, args=(second, first, self.back), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._own_pool = pool is None
+        self._pool = pool or ThreadPoolExecutor(2)
+        submit = self._pool.submit
+        self._ends = [submit(self._run, first, second, self.forth), submit(self._run, second, first, self.back)]
 
     def _run(self, source: socket.socket, sink: socket.socket, stream: Stream) -> None:
         with contextlib.suppress(OSError):  # one of the two has hung up, perhaps with a reset
@@ -142,9 +143,10 @@ class Relay:
         self._shut()
         for stream in (self.forth, self.back):
             stream.release.set()
-        for thread in self._threads:
-            thread.join(LIMIT_S)
-            assert not thread.is_alive()
+        for end in self._ends:
+            end.result(LIMIT_S)
+        if self._own_pool:
+            self._pool.shutdown()
         for sock in self._sockets:
             sock.close()
 
