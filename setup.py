@@ -77,7 +77,7 @@ setup(
             sources=["mirrorpair/_core.pyx", *sorted(glob("csrc/*.c"))],
             depends=sorted(
                 path
-                for pattern in ("csrc/*.h", "csrc/*.cdef", "csrc/*.py", "mirrorpair/*.pyx", "mirrorpair/*.pxd")
+                for pattern in ("csrc/*.h", "csrc/*.cdef", "csrc/*.py", "mirrorpair/*.pyx", "mirrorpair/*.pxi")
                 for path in glob(pattern)
             ),
             include_dirs=["csrc"],

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef SYS_cachestat
@@ -49,6 +50,36 @@ int mp_disk_write(int fd, const void *buffer, size_t length, uint64_t offset)
     return 0;
 }
 
+int mp_disk_write_durable(int fd, const void *buffer, size_t length, uint64_t offset)
+{
+    const uint8_t *at = buffer;
+    while (length) {
+        struct iovec part = {(void *)(uintptr_t)at, length};
+        ssize_t put = pwritev2(fd, &part, 1, (off_t)offset, RWF_DSYNC);
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
+            int error = mp_disk_write(fd, at, length, offset);
+            return error ? error : mp_disk_sync(fd);
+        }
+        if (put <= 0)
+            return put < 0 ? errno : EIO;
+        at += put;
+        offset += (uint64_t)put;
+        length -= (size_t)put;
+    }
+    return 0;
+}
+
+int mp_disk_read_cached(int fd, void *buffer, size_t length, uint64_t offset)
+{
+    struct iovec part = {buffer, length};
+    ssize_t got = preadv2(fd, &part, 1, (off_t)offset, RWF_NOWAIT);
+    if (got == (ssize_t)length)
+        return 0;
+    return got >= 0 || errno == EAGAIN || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINTR ? EAGAIN : errno;
+}
+
 static int allocate(int fd, int mode, uint64_t offset, uint64_t length)
 {
     int result;
@@ -58,24 +89,35 @@ static int allocate(int fd, int mode, uint64_t offset, uint64_t length)
     return result < 0 ? errno : 0;
 }
 
+static bool cannot(int error) { return error == EOPNOTSUPP || error == EINVAL || error == ENOSYS; }
+
+static int write_zeros(int fd, uint64_t offset, uint64_t length)
+{
+    static const uint8_t zeros[65536];
+    int error = 0;
+    while (length && !error) {
+        size_t part = (size_t)mp_min(length, sizeof zeros);
+        error = mp_disk_write(fd, zeros, part, offset);
+        offset += part;
+        length -= part;
+    }
+    return error;
+}
+
+int mp_disk_zero_allocated(int fd, uint64_t offset, uint64_t length)
+{
+    int error = allocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length);
+    return cannot(error) ? write_zeros(fd, offset, length) : error;
+}
+
 int mp_disk_zero(int fd, uint64_t offset, uint64_t length)
 {
     /* On a block device both modes are done by the kernel as write-zeroes with and without unmap; a device that cannot
      * says EOPNOTSUPP, and a range that is not a multiple of its sector EINVAL. */
     int error = allocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length);
-    if (error == EOPNOTSUPP || error == EINVAL || error == ENOSYS)
-        error = allocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length);
-    if (error != EOPNOTSUPP && error != EINVAL && error != ENOSYS)
-        return error;
-    static const uint8_t zeros[65536];
-    while (length) {
-        size_t part = (size_t)mp_min(length, sizeof zeros);
-        if ((error = mp_disk_write(fd, zeros, part, offset)))
-            return error;
-        offset += part;
-        length -= part;
-    }
-    return 0;
+    if (cannot(error))
+        return mp_disk_zero_allocated(fd, offset, length);
+    return error;
 }
 
 int mp_disk_sync(int fd)

@@ -14,6 +14,14 @@
 int mp_disk_read(int fd, void *buffer, size_t length, uint64_t offset);
 int mp_disk_write(int fd, const void *buffer, size_t length, uint64_t offset);
 
+/* As mp_disk_write, and durable when it returns. */
+int mp_disk_write_durable(int fd, const void *buffer, size_t length, uint64_t offset);
+/* A read that needs no disk: 0, EAGAIN where some of it is not in the page cache (or the file system cannot tell), or as
+ * mp_disk_read. */
+int mp_disk_read_cached(int fd, void *buffer, size_t length, uint64_t offset);
+
+/* Makes the range read as zeros without giving its space back, where the image can tell the difference. */
+int mp_disk_zero_allocated(int fd, uint64_t offset, uint64_t length);
 /* Makes the range read as zeros and, where the image can, gives its space back: punch a hole, else a zeroed range,
  * else zeros written. */
 int mp_disk_zero(int fd, uint64_t offset, uint64_t length);

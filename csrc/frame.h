@@ -25,7 +25,9 @@
 #define MP_FRAME_META_MAX (256u << 10)
 #define MP_FRAME_LENGTH_MAX (MP_FRAME_META_MAX + (1u << 20))
 
-/* Kinds 1-15: the handshake, JSON, decided in Python. 16 and up: the copy session, see wire.h. */
+/* Kinds 1-15: the handshake, JSON, decided in Python. 16-31: the copy session, see wire.h. 32 and up: the live mirror, see
+ * link.c; there the flags hold the volume's number, and the copy's kinds DIGESTS, BULK, WANT, DATA and SETTLED are used for
+ * the resync of a volume that is being served. */
 enum mp_frame_type {
     MP_FRAME_HELLO = 1,
     MP_FRAME_WELCOME = 2,
@@ -41,6 +43,15 @@ enum mp_frame_type {
     MP_FRAME_WANT,
     MP_FRAME_SETTLED,
     MP_FRAME_SYNCED,
+    MP_FRAME_WRITE = 32,
+    MP_FRAME_ZERO,
+    MP_FRAME_ACK,
+    MP_FRAME_BARRIER,
+    MP_FRAME_FLUSHED,
+    MP_FRAME_BITS,
+    MP_FRAME_BITS_END,
+    MP_FRAME_MERGED,
+    MP_FRAME_RESYNC_DONE,
 };
 
 typedef struct mp_frame {

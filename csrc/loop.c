@@ -7,6 +7,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define EVENTS 64 /* fetched by one call */
+
 uint64_t mp_now_ns(void)
 {
     struct timespec now;
@@ -17,8 +19,6 @@ uint64_t mp_now_ns(void)
 mp_status mp_loop_init(mp_loop *loop)
 {
     memset(loop, 0, sizeof *loop);
-    for (int i = 0; i < MP_LOOP_SOURCES; i++)
-        loop->source[i].fd = -1;
     loop->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     return loop->epoll_fd < 0 ? MP_INTERNAL : MP_OK;
 }
@@ -28,6 +28,9 @@ void mp_loop_close(mp_loop *loop)
     if (loop->epoll_fd >= 0)
         close(loop->epoll_fd);
     loop->epoll_fd = -1;
+    free(loop->source);
+    loop->source = NULL;
+    loop->places = 0;
 }
 
 static uint32_t epoll_events(unsigned events)
@@ -35,32 +38,49 @@ static uint32_t epoll_events(unsigned events)
     return (events & MP_LOOP_READ ? EPOLLIN : 0u) | (events & MP_LOOP_WRITE ? EPOLLOUT : 0u);
 }
 
+static uint64_t key(const mp_loop *loop, int fd) { return (uint64_t)loop->source[fd].generation << 32 | (uint32_t)fd; }
+
 bool mp_loop_add(mp_loop *loop, int fd, unsigned events, mp_loop_ready ready, void *argument)
 {
-    for (int i = 0; i < MP_LOOP_SOURCES; i++) {
-        if (loop->source[i].fd >= 0)
-            continue;
-        struct epoll_event event = {.events = epoll_events(events), .data.u32 = (uint32_t)i};
-        if (epoll_ctl(loop->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+    MP_ASSERT(fd >= 0);
+    if ((unsigned)fd >= loop->places) {
+        unsigned places = (unsigned)fd + 64;
+        mp_loop_source *more = realloc(loop->source, places * sizeof *more);
+        if (!more)
             return false;
-        loop->source[i] = (struct mp_loop_source){fd, events, ready, argument};
-        return true;
+        memset(more + loop->places, 0, (places - loop->places) * sizeof *more);
+        loop->source = more;
+        loop->places = places;
     }
-    return false;
+    mp_loop_source *source = &loop->source[fd];
+    MP_ASSERT(!source->ready);
+    source->generation = ++loop->generation;
+    struct epoll_event event = {.events = epoll_events(events), .data.u64 = key(loop, fd)};
+    if (events && epoll_ctl(loop->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+        return false;
+    source->events = events;
+    source->ready = ready;
+    source->argument = argument;
+    return true;
 }
 
 void mp_loop_change(mp_loop *loop, int fd, unsigned events)
 {
-    for (int i = 0; i < MP_LOOP_SOURCES; i++) {
-        struct mp_loop_source *source = &loop->source[i];
-        if (source->fd != fd || source->events == events)
-            continue;
-        /* A source nobody wants is taken out: epoll reports a hang-up even with an empty event set, and would spin. */
-        int operation = !events ? EPOLL_CTL_DEL : source->events ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
-        struct epoll_event event = {.events = epoll_events(events), .data.u32 = (uint32_t)i};
-        MP_ASSERT(epoll_ctl(loop->epoll_fd, operation, fd, &event) == 0);
-        source->events = events;
-    }
+    mp_loop_source *source = &loop->source[fd];
+    MP_ASSERT(fd >= 0 && (unsigned)fd < loop->places && source->ready);
+    if (source->events == events)
+        return;
+    /* A source nobody wants is taken out: epoll reports a hang-up even with an empty event set, and would spin. */
+    int operation = !events ? EPOLL_CTL_DEL : source->events ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    struct epoll_event event = {.events = epoll_events(events), .data.u64 = key(loop, fd)};
+    MP_ASSERT(epoll_ctl(loop->epoll_fd, operation, fd, &event) == 0);
+    source->events = events;
+}
+
+void mp_loop_remove(mp_loop *loop, int fd)
+{
+    mp_loop_change(loop, fd, 0);
+    loop->source[fd].ready = NULL;
 }
 
 void mp_loop_every(mp_loop *loop, uint64_t period_ns, void (*tick)(void *, uint64_t), void *argument)
@@ -71,31 +91,47 @@ void mp_loop_every(mp_loop *loop, uint64_t period_ns, void (*tick)(void *, uint6
     loop->tick_argument = argument;
 }
 
+static void dispatch(mp_loop *loop, const struct epoll_event *ready)
+{
+    unsigned fd = (unsigned)(ready->data.u64 & 0xffffffffu);
+    mp_loop_source *source = &loop->source[fd];
+    if (!source->ready || source->generation != ready->data.u64 >> 32)
+        return; /* removed by a call-back of the same round */
+    unsigned events = 0;
+    if (ready->events & (EPOLLIN | EPOLLHUP | EPOLLERR | EPOLLRDHUP))
+        events |= MP_LOOP_READ;
+    if (ready->events & (EPOLLOUT | EPOLLERR))
+        events |= MP_LOOP_WRITE;
+    events &= source->events | (ready->events & EPOLLERR ? MP_LOOP_READ | MP_LOOP_WRITE : 0u);
+    if (!events) /* hung up while only writing is wanted: the write will report it */
+        events = source->events;
+    if (events)
+        source->ready(source->argument, events);
+}
+
+static int sleep_ms(const mp_loop *loop)
+{
+    if (!loop->tick)
+        return -1;
+    uint64_t now = mp_now_ns();
+    return now >= loop->next_tick_ns ? 0 : (int)((loop->next_tick_ns - now + 999999u) / 1000000u);
+}
+
 bool mp_loop_run(mp_loop *loop)
 {
+    struct epoll_event ready[EVENTS];
+    uint64_t worked_ns = 0;
     while (!loop->stopped) {
-        int timeout = -1;
-        if (loop->tick) {
-            uint64_t now = mp_now_ns();
-            timeout = now >= loop->next_tick_ns ? 0 : (int)((loop->next_tick_ns - now + 999999u) / 1000000u);
-        }
-        struct epoll_event ready[MP_LOOP_SOURCES];
-        int count = epoll_wait(loop->epoll_fd, ready, MP_LOOP_SOURCES, timeout);
+        bool spinning = loop->spin_ns && worked_ns && mp_now_ns() - worked_ns < loop->spin_ns;
+        atomic_store_explicit(&loop->busy_since_ns, 0, memory_order_relaxed);
+        int count = epoll_wait(loop->epoll_fd, ready, EVENTS, spinning ? 0 : sleep_ms(loop));
         if (count < 0 && errno != EINTR)
             return false;
-        for (int i = 0; i < count && !loop->stopped; i++) {
-            struct mp_loop_source *source = &loop->source[ready[i].data.u32];
-            unsigned events = 0;
-            if (ready[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR | EPOLLRDHUP))
-                events |= MP_LOOP_READ;
-            if (ready[i].events & (EPOLLOUT | EPOLLERR))
-                events |= MP_LOOP_WRITE;
-            events &= source->events | (ready[i].events & EPOLLERR ? MP_LOOP_READ | MP_LOOP_WRITE : 0u);
-            if (events)
-                source->ready(source->argument, events);
-            else /* hung up while only writing is wanted: the write will report it */
-                source->ready(source->argument, source->events);
-        }
+        atomic_store_explicit(&loop->busy_since_ns, mp_now_ns(), memory_order_relaxed);
+        for (int i = 0; i < count && !loop->stopped; i++)
+            dispatch(loop, &ready[i]);
+        if (count > 0 && loop->spin_ns)
+            worked_ns = mp_now_ns();
         if (loop->tick && !loop->stopped) {
             uint64_t now = mp_now_ns();
             if (now >= loop->next_tick_ns) {
@@ -103,6 +139,8 @@ bool mp_loop_run(mp_loop *loop)
                 loop->tick(loop->tick_argument, now);
             }
         }
+        if (loop->round && !loop->stopped)
+            loop->round(loop->round_argument);
     }
     return true;
 }

@@ -9,7 +9,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset, strerror
 
@@ -74,6 +74,7 @@ cdef extern from "chan.h" nogil:
     ctypedef struct mp_chan:
         int fd_in
         int fd_out
+        uint8_t *input
         uint64_t session
         mp_frame frame
         int error
@@ -494,3 +495,6 @@ cdef _start(int arrangement, int source_fd, int target_fd, Channel channel, uint
         raise OSError(error, _os.strerror(error))
     helper.closed = False
     return helper
+
+
+include "engine.pxi"

@@ -1,0 +1,375 @@
+/* serve.c - the connection of one NBD client, after its negotiation.
+ *
+ * Rules
+ *  - A client can only hurt itself: what it says is judged in nbd.c, what it does not read is kept for it within bounds, and
+ *    a connection that fails is closed while its requests in flight run to their end without it.
+ *  - Its payload is received straight into the buffer that goes to the peer and to the disk (W3); only what came in the same
+ *    read as a request's header is copied once.
+ *  - A refused WRITE's payload is read and dropped through the small input buffer, whatever length it states.
+ *  - Answers go out in one writev per round, in any order: NBD's cookies tell them apart.
+ */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define INPUT (64u << 10)
+#define STRAIGHT (16u << 10)               /* a payload of which more than this is missing goes past the input buffer */
+#define OUTSTANDING ((uint64_t)4 << 20)    /* payload of one client's requests in hand; one larger request is always let in */
+#define READS 8u                           /* reads of the socket per round, so that one client does not keep the loop */
+#define STALLED ((uint64_t)30 * 1000000000) /* a client that takes nothing of its answers for so long is hung up on */
+#define BATCH 32u                          /* answers per writev */
+
+struct mp_client {
+    mp_client *next, **self;
+    mp_engine *engine;
+    mp_volume *volume;
+    int fd;
+    bool read_only, closing, dead, again; /* closing: no more is read; dead: no more is sent; again: unread bytes are here */
+    uint32_t input_at, input_end;
+    mp_request *receiving; /* a WRITE whose payload is coming */
+    uint64_t got;
+    uint64_t drain; /* bytes of a refused payload still to come */
+    uint64_t refused_cookie;
+    uint32_t refused_error;
+    uint32_t in_hand;     /* requests read and not yet answered into `answers` */
+    uint64_t outstanding; /* payload bytes of requests not yet sent back */
+    mp_list answers;
+    uint64_t sent;        /* bytes of the first answer that went */
+    uint64_t moved_ns;    /* when an answer last moved, or the first was queued */
+    uint8_t input[INPUT];
+};
+
+static uint64_t payload_of(const mp_request *r) { return r->op == MP_OP_READ || r->op == MP_OP_WRITE ? r->length : 0; }
+
+static void watch(mp_client *c)
+{
+    bool read = !c->closing && !c->again && (c->outstanding < OUTSTANDING || c->receiving);
+    mp_loop_change(&c->engine->loop, c->fd, (read ? MP_LOOP_READ : 0u) | (c->answers.first ? MP_LOOP_WRITE : 0u));
+}
+
+static void forget(mp_client *c)
+{
+    mp_engine *engine = c->engine;
+    mp_loop_remove(&engine->loop, c->fd);
+    close(c->fd);
+    if ((*c->self = c->next))
+        c->next->self = c->self;
+    c->volume->clients--;
+    engine->client_count--;
+    mp_event_post(engine, MP_EVENT_CLIENT, c->volume->index, c->volume->clients, "%s", c->dead ? "lost" : "left");
+    free(c);
+    if (!engine->client_count && engine->closing_clients) {
+        engine->closing_clients = false;
+        mp_event_post(engine, MP_EVENT_CLIENTS_CLOSED, 0, 0, "%s", "");
+    }
+}
+
+/* Nothing more is exchanged with it; what is in hand ends without it. */
+static void drop(mp_client *c)
+{
+    c->closing = c->dead = true;
+    c->again = false;
+    c->drain = 0;
+    if (c->receiving) {
+        mp_request_free(c->receiving);
+        c->receiving = NULL;
+    }
+    for (mp_request *r; (r = mp_list_take(&c->answers));)
+        mp_request_free(r);
+    shutdown(c->fd, SHUT_RDWR);
+}
+
+static bool over(const mp_client *c) { return c->closing && !c->in_hand && !c->answers.first && !c->receiving; }
+
+static void send_answers(mp_client *c)
+{
+    while (c->answers.first && !c->dead) {
+        struct iovec vector[BATCH * 2];
+        unsigned parts = 0;
+        uint64_t skip = c->sent;
+        for (mp_request *r = c->answers.first; r && parts + 2 <= BATCH * 2; r = r->next) {
+            struct iovec piece[2] = {{r->reply, MP_NBD_REPLY}, {r->buffer, r->op == MP_OP_READ && !r->reply_error ? r->length : 0}};
+            for (int i = 0; i < 2; i++) {
+                if (skip >= piece[i].iov_len) {
+                    skip -= piece[i].iov_len;
+                    continue;
+                }
+                vector[parts++] = (struct iovec){(char *)piece[i].iov_base + skip, piece[i].iov_len - skip};
+                skip = 0;
+            }
+        }
+        struct msghdr message = {.msg_iov = vector, .msg_iovlen = parts};
+        ssize_t sent = sendmsg(c->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (sent < 0) {
+            if (errno == EINTR)
+                continue;
+            if (errno != EAGAIN && errno != EWOULDBLOCK)
+                drop(c);
+            return;
+        }
+        c->moved_ns = mp_now_ns();
+        c->sent += (uint64_t)sent;
+        while (c->answers.first) {
+            mp_request *r = c->answers.first;
+            uint64_t whole = MP_NBD_REPLY + (r->op == MP_OP_READ && !r->reply_error ? r->length : 0);
+            if (c->sent < whole)
+                break;
+            c->sent -= whole;
+            mp_list_take(&c->answers);
+            c->outstanding -= payload_of(r);
+            mp_request_free(r);
+        }
+    }
+}
+
+void mp_client_answer(mp_request *r)
+{
+    mp_client *c = r->client;
+    if (!c) {
+        mp_request_free(r);
+        return;
+    }
+    c->in_hand--;
+    if (c->dead) {
+        mp_request_free(r);
+        return;
+    }
+    if (r->buffer && (r->op == MP_OP_WRITE || r->reply_error)) { /* the budget is for those who still need it */
+        mp_slab_put(&r->engine->slab, r->buffer, r->buffer_bytes);
+        r->buffer = NULL;
+    }
+    mp_nbd_reply(r->reply, r->cookie, r->reply_error);
+    if (!c->answers.first)
+        c->moved_ns = mp_now_ns();
+    mp_list_put(&c->answers, r);
+}
+
+/* Takes the request that stands in the input. False: not now, or never again. */
+static bool take(mp_client *c)
+{
+    mp_nbd_request n;
+    if (!mp_nbd_parse(c->input + c->input_at, &n)) {
+        drop(c); /* whatever this is, nothing behind it can be understood */
+        return false;
+    }
+    if (n.type == MP_NBD_DISCONNECT) {
+        c->closing = true;
+        return false;
+    }
+    mp_request *r = mp_request_new(c->engine);
+    if (!r)
+        return false;
+    r->volume = c->volume;
+    r->client = c;
+    r->cookie = n.cookie;
+    r->offset = n.offset;
+    r->length = n.length;
+    r->flags = (n.flags & MP_NBD_FUA ? MP_REQUEST_FUA : 0u) | (n.flags & MP_NBD_NO_HOLE ? MP_REQUEST_NO_HOLE : 0u);
+    r->op = n.type == MP_NBD_READ ? MP_OP_READ : n.type == MP_NBD_WRITE ? MP_OP_WRITE : n.type == MP_NBD_FLUSH ? MP_OP_FLUSH : MP_OP_ZERO;
+    r->reply_error = mp_nbd_judge(&n, c->volume->size, c->read_only);
+    if (r->reply_error) {
+        r->op = MP_OP_FLUSH; /* it has no payload of its own any more */
+        c->drain = n.type == MP_NBD_WRITE ? n.length : 0;
+        c->in_hand++;
+        mp_client_answer(r);
+    } else if (r->op == MP_OP_WRITE) {
+        if (!mp_request_buffer(r, n.length)) {
+            mp_request_free(r);
+            return false;
+        }
+        c->receiving = r;
+        c->got = 0;
+        c->outstanding += n.length;
+    } else {
+        c->in_hand++;
+        c->outstanding += payload_of(r);
+        c->input_at += MP_NBD_REQUEST;
+        mp_request_submit(r);
+        return true;
+    }
+    c->input_at += MP_NBD_REQUEST;
+    return true;
+}
+
+static void complete(mp_client *c)
+{
+    mp_request *r = c->receiving;
+    c->receiving = NULL;
+    c->in_hand++;
+    mp_request_submit(r);
+}
+
+/* Works off what is in the input buffer. False: something has to be waited for that is not the socket. */
+static bool digest_input(mp_client *c)
+{
+    while (!c->closing) {
+        uint32_t there = c->input_end - c->input_at;
+        if (c->drain) {
+            uint32_t part = (uint32_t)mp_min(there, c->drain);
+            c->input_at += part;
+            c->drain -= part;
+            if (c->drain)
+                return true;
+        } else if (c->receiving) {
+            uint32_t part = (uint32_t)mp_min(there, c->receiving->length - c->got);
+            memcpy(c->receiving->buffer + c->got, c->input + c->input_at, part);
+            c->input_at += part;
+            c->got += part;
+            if (c->got < c->receiving->length)
+                return true;
+            complete(c);
+        } else if (there < MP_NBD_REQUEST) {
+            return true;
+        } else if (c->outstanding >= OUTSTANDING || !take(c)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* One recv. False: nothing was there, or the connection is over. */
+static bool read_some(mp_client *c)
+{
+    uint8_t *to;
+    size_t room;
+    bool straight = c->receiving && !c->drain && c->receiving->length - c->got > STRAIGHT;
+    if (straight) {
+        to = c->receiving->buffer + c->got;
+        room = c->receiving->length - c->got;
+    } else {
+        if (c->input_at) {
+            memmove(c->input, c->input + c->input_at, c->input_end - c->input_at);
+            c->input_end -= c->input_at;
+            c->input_at = 0;
+        }
+        to = c->input + c->input_end;
+        room = INPUT - c->input_end;
+    }
+    ssize_t got = recv(c->fd, to, room, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR)
+        return true;
+    if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+        return false;
+    if (got <= 0) {
+        if (got < 0 || c->receiving || c->drain || c->input_end != c->input_at)
+            drop(c); /* in the middle of something */
+        else if (!c->in_hand && !c->answers.first)
+            c->closing = true;
+        else
+            drop(c); /* hung up with answers pending: nobody is there to read them */
+        return false;
+    }
+    if (!straight) {
+        c->input_end += (uint32_t)got;
+        return true;
+    }
+    c->got += (uint64_t)got;
+    if (c->got == c->receiving->length)
+        complete(c);
+    return true;
+}
+
+static void read_more(mp_client *c)
+{
+    for (unsigned i = 0; i < READS && !c->closing; i++) {
+        c->again = !digest_input(c) && !c->closing;
+        if (c->again || c->closing || !read_some(c))
+            break;
+    }
+    if (!c->closing && !c->again)
+        c->again = !digest_input(c) && !c->closing;
+}
+
+static void on_client(void *argument, unsigned events)
+{
+    mp_client *c = argument;
+    if (events & MP_LOOP_WRITE)
+        send_answers(c);
+    if (events & MP_LOOP_READ && !c->closing)
+        read_more(c);
+    else if (events & MP_LOOP_READ && !c->dead && c->closing) { /* hung up after it had said goodbye, or while we close */
+        uint8_t rest[4096];
+        ssize_t got = recv(c->fd, rest, sizeof rest, MSG_DONTWAIT);
+        if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR))
+            drop(c);
+    }
+}
+
+void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, const uint8_t *extra, uint32_t length)
+{
+    mp_client *c = length <= INPUT ? calloc(1, sizeof *c) : NULL;
+    if (!c || engine->closing_clients || !mp_loop_add(&engine->loop, fd, MP_LOOP_READ, on_client, c)) {
+        free(c);
+        close(fd);
+        return;
+    }
+    c->engine = engine;
+    c->volume = &engine->volume[volume];
+    c->fd = fd;
+    c->read_only = read_only;
+    mp_list_init(&c->answers);
+    if (length)
+        memcpy(c->input, extra, length);
+    c->input_end = length;
+    c->again = length != 0;
+    if ((c->next = engine->clients))
+        c->next->self = &c->next;
+    c->self = &engine->clients;
+    engine->clients = c;
+    engine->client_count++;
+    c->volume->clients++;
+    mp_event_post(engine, MP_EVENT_CLIENT, volume, c->volume->clients, "came");
+}
+
+void mp_clients_close(mp_engine *engine, bool graceful)
+{
+    engine->closing_clients = true;
+    for (mp_client *c = engine->clients; c; c = c->next) {
+        if (!graceful) {
+            drop(c);
+            continue;
+        }
+        c->closing = true; /* unread bytes are discarded (C1) */
+        if (c->receiving) {
+            mp_request_free(c->receiving);
+            c->receiving = NULL;
+        }
+    }
+    if (!engine->clients) {
+        engine->closing_clients = false;
+        mp_event_post(engine, MP_EVENT_CLIENTS_CLOSED, 0, 0, "%s", "");
+    }
+}
+
+void mp_engine_free_clients(mp_engine *engine)
+{
+    for (mp_client *c; (c = engine->clients);) {
+        engine->clients = c->next;
+        close(c->fd);
+        free(c);
+    }
+}
+
+void mp_clients_round(mp_engine *engine)
+{
+    uint64_t now = 0;
+    bool room = engine->starved;
+    engine->starved = false;
+    for (mp_client *c = engine->clients, *next; c; c = next) {
+        next = c->next;
+        if (c->answers.first)
+            send_answers(c);
+        if (c->again && (room || c->outstanding < OUTSTANDING) && !c->closing)
+            read_more(c);
+        if (c->answers.first && (now ? now : (now = mp_now_ns())) - c->moved_ns > STALLED)
+            drop(c);
+        if (over(c))
+            forget(c);
+        else
+            watch(c);
+    }
+}
