@@ -18,7 +18,7 @@
 struct mp_journal_work { /* a job and all it touches */
     mp_job job;
     int fd, error;
-    bool writes_record, empties;
+    bool syncs_first, writes_record, empties;
     uint32_t page_count, record_count; /* how many places get the record */
     uint64_t sequence;                 /* of the first of them */
     uint64_t page[MP_JOURNAL_JOB_PAGES]; /* ascending */
@@ -98,9 +98,8 @@ static mp_status read_bitmap(mp_journal *j, mp_fault *fault)
 
 static mp_status read_log(mp_journal *j, mp_fault *fault)
 {
-    uint8_t(*ring)[MP_ACTLOG_RECORD] = (void *)j->work->data; /* no job needs it yet */
-    _Static_assert(sizeof j->work->data >= MP_ACTLOG_PLACES * MP_ACTLOG_RECORD, "the ring fits");
-    int error = mp_disk_read(j->fd, ring, MP_ACTLOG_PLACES * MP_ACTLOG_RECORD, MP_JOURNAL_LOG);
+    uint8_t ring[MP_ACTLOG_PLACES][MP_ACTLOG_RECORD];
+    int error = mp_disk_read(j->fd, ring, sizeof ring, MP_JOURNAL_LOG);
     if (error)
         return read_failed(fault, error, MP_JOURNAL_LOG, "activity log");
     mp_actlog_place places[MP_ACTLOG_PLACES];
@@ -131,7 +130,7 @@ mp_status mp_journal_open(mp_journal *j, int meta_fd, uint64_t size, uint32_t bl
     MP_ASSERT(size > 0 && block >= MP_BLOCK_MIN && block <= MP_BLOCK_MAX);
     uint64_t blocks = mp_ceil_div(size, block), extents = mp_ceil_div(blocks, 64);
     MP_ASSERT(extents < UINT32_MAX); /* the configuration allows no more */
-    *j = (mp_journal){.fd = meta_fd, .size = size, .block = block, .extents = (uint32_t)extents};
+    *j = (mp_journal){.fd = meta_fd, .size = size, .block = block, .extents = (uint32_t)extents, .fresh = true};
     j->pages = mp_ceil_div(extents, MP_JOURNAL_PAGE_EXTENTS);
     size_t page_bits = mp_bitmap_bytes(j->pages);
     void *words = calloc(j->pages, MP_JOURNAL_PAGE), *page_words = calloc(3, page_bits);
@@ -435,6 +434,7 @@ mp_job *mp_journal_job(mp_journal *j)
     copy_pages(j);
     w->writes_record = logs;
     w->empties = logs && j->emptying;
+    w->syncs_first = j->fresh; /* the last process may have written a record and not come to this */
     if (logs)
         make_record(j);
     w->error = 0;
@@ -457,14 +457,14 @@ int mp_journal_finished(mp_journal *j, mp_job *job)
     j->stuck = false;
     if ((j->error = w->error))
         return j->error;
+    j->fresh = false;
     if (w->writes_record) {
         j->sequence += w->record_count;
         for (uint32_t i = 0; i < EXTENTS; i++)
             if (j->hot->nodes[i].state == MP_HOT_ENTERING)
                 j->hot->nodes[i].state = MP_HOT_IN;
-    }
-    if (w->writes_record)
         j->recovering = j->ring_lost = false;
+    }
     j->emptying &= !w->empties;
     if (!j->due_count && !j->emptying)
         j->reached = j->begun;
@@ -506,7 +506,7 @@ static int write_pages(struct mp_journal_work *w)
         if (error)
             return error;
     }
-    return w->page_count ? mp_disk_sync(w->fd) : 0;
+    return w->page_count || w->syncs_first ? mp_disk_sync(w->fd) : 0;
 }
 
 static int write_record(struct mp_journal_work *w)

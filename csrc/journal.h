@@ -12,7 +12,8 @@
  *  - A record is the whole table and goes to the next of four places, so the one before it survives a torn write (M7). If
  *    more than that one is unreadable, or none can be read, `lost_log` is said and all bits are set.
  *  - After an open the old record stays as it is until the bits it stands for are durable; no extent is hot before that.
- *    So opening is idempotent, and nothing is believed that only the page cache of a killed process holds.
+ *    So opening is idempotent. What only the page cache of a killed process may hold is not believed: bits that were read are
+ *    written again before anybody relies on them, and two records are never on their way at once.
  *  - A failed write or fdatasync is never repeated: the journal stays failed. Hot extents stay hot, none is added.
  *
  * Contract: all functions belong to one owner thread; only job->run is called elsewhere, and it touches only what the job
@@ -31,7 +32,9 @@
 #define MP_JOURNAL_BITMAP ((uint64_t)65536) /* where the bitmap begins */
 #define MP_JOURNAL_PAGE 4096u
 #define MP_JOURNAL_PAGE_EXTENTS (MP_JOURNAL_PAGE / 8)
-#define MP_JOURNAL_JOB_PAGES 256u                 /* pages that one job carries: 1 MiB */
+#ifndef MP_JOURNAL_JOB_PAGES
+#define MP_JOURNAL_JOB_PAGES 256u /* pages that one job carries: 1 MiB; a test may compile it smaller */
+#endif
 #define MP_JOURNAL_LENGTH_MAX ((uint64_t)32 << 20) /* bytes of one enter */
 #define MP_JOURNAL_CLEARED 16384u /* blocks cleared after which their pages are written unasked: 1 GiB of 64 KiB blocks */
 
@@ -53,6 +56,7 @@ typedef struct mp_journal {
     bool recovering; /* bits that only the old record stands for are not durable yet: all pages before the next record */
     bool emptying;   /* likewise, and the next record is empty */
     bool ring_lost;  /* all four places are written at the next record */
+    bool fresh; /* nothing was synced since the open */
     bool running;
     bool stuck;      /* the last look found no slot to evict, and nothing has happened since that could change it */
     bool barrier, unflushed, unflushed_before;

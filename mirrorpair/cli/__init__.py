@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {
+    "init": "Make this node: its images and their metadata.",
+    "run": "The daemon of this node, in the foreground.",
+    "status": "This node, its peer and the volumes at one glance.",
+    "wait": "Wait until this node is primary, secondary, connected or synced.",
+    "promote": "Make this node primary.",
+    "demote": "Make this node secondary.",
+    "events": "What has changed, and why.",
     "resync": "Make one image equal to another by writing only what differs.",
+    "meta": "Show or check this node's metadata.",
     "verify": "Compare two images: 0 equal, 1 they differ.",
     "serve": "The far end of a resync or verify.",
     "completion": "Print the completion script of a shell.",

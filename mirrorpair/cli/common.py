@@ -119,6 +119,8 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
 
 
 if TYPE_CHECKING:
+    from mirrorpair.config import Config, Node
+
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # before click 8.4 it takes no argument
@@ -214,6 +216,23 @@ def two_images(command: str, images: tuple[str, ...]) -> tuple[str, str]:
             f"mirrorpair {command} {'SOURCE TARGET' if command == 'resync' else 'A B'}"
         )
     raise click.UsageError(f"{len(images)} images were given; {command} takes two")
+
+
+def load_pair(settings: Settings) -> tuple[Config, Node]:
+    """The pair's configuration and which of its nodes this is; ConfigError says what is wrong with either.
+
+    Without a name given, it is the node with this host's name, or with its first label: a host may call itself
+    alpha.example.org, and its node plainly alpha.
+    """
+    from mirrorpair.config import DEFAULT_PATH, load
+
+    config = load(settings.config or DEFAULT_PATH)
+    name = settings.node
+    if name is None:
+        name = os.uname().nodename
+        if all(node.name != name for node in config.nodes):
+            name = name.partition(".")[0]
+    return config, config.node(name)
 
 
 def raise_interrupt_on_termination() -> None:

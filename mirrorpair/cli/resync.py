@@ -1,10 +1,11 @@
-"""`mirrorpair resync SOURCE TARGET`."""
+"""`mirrorpair resync SOURCE TARGET`, offline, and `mirrorpair resync [VOLUME]`, the live mirror's (online.py)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from mirrorpair.cli.common import (
     IMAGE,
@@ -18,6 +19,10 @@ from mirrorpair.cli.common import (
 
 if TYPE_CHECKING:
     from mirrorpair.report import ResyncResult
+
+# What belongs to one of the two forms alone.
+OFFLINE = ("verify", "resize", "rsh", "remote_command", "rate", "block_size", "threads", "timeout")
+ONLINE = ("full", "wait")
 
 
 @click.command(
@@ -37,6 +42,8 @@ Examples:
   mirrorpair resync -n --json a.img b.img               what differs, as JSON lines
   mirrorpair resync --rate 50MiB/s a.img tcp://10.0.0.2:7792/srv/a.img
   mirrorpair resync --rsh 'ssh -i key -p 2222' a.img ssh://host/srv/a.img
+  mirrorpair resync -n                                  the live mirror: what would it do?
+  mirrorpair resync data --wait -y
 
 \b
 Exit codes:
@@ -47,9 +54,21 @@ Exit codes:
   12   refused, nothing written: other size, mounted, busy, locked or read-only target
   13   the far end was silent for longer than --timeout
   14   the far end's `serve` does not allow that path, or no writing
-  130  interrupted; the next run completes what this one began""",
+  130  interrupted; the next run completes what this one began
+
+\b
+Exit codes of the live mirror:
+  0    the resync is under way, or nothing differs; with --wait: the nodes are in sync
+  1    not confirmed, nothing was done
+  2    usage, or no such volume
+  10   configuration
+  11   no daemon of this node answers, it ended meanwhile, or the peer is not connected
+  12   refused: it would lose data
+  13   the daemon is silent
+  20   split brain or unrelated data (also with --dry-run, which shows it)
+  130  interrupted; a resync that has begun goes on in the daemon""",
 )
-@click.argument("images", nargs=-1, metavar="SOURCE TARGET", type=IMAGE)
+@click.argument("images", nargs=-1, metavar="SOURCE TARGET | [VOLUME]", type=IMAGE)
 @click.option("-n", "--dry-run", is_flag=True, help="Write nothing; say how much differs and where.")
 @click.option("--verify", is_flag=True, help="Read back what was written and compare it with what was sent.")
 @click.option(
@@ -57,12 +76,19 @@ Exit codes:
 )
 @transfer_options
 @click.option(
-    "-y", "--yes", is_flag=True, expose_value=False, help="Accepted, not needed: resync of images never asks."
+    "--full", is_flag=True, help="Live mirror: compare everything, also what is not known to differ. Equal blocks stay."
+)
+@click.option("--wait", is_flag=True, help="Live mirror: show the progress, and end when the nodes are in sync.")
+@click.option(
+    "-y",
+    "--yes",
+    is_flag=True,
+    help="Live mirror: do not ask; without a terminal it is needed. A resync of images never asks.",
 )
 @common_options
-@click.pass_obj
+@click.pass_context
 def command(
-    settings: Settings,
+    context: click.Context,
     images: tuple[str, ...],
     dry_run: bool,
     verify: bool,
@@ -73,6 +99,9 @@ def command(
     block_size: int,
     threads: int,
     timeout: float,
+    full: bool,
+    wait: bool,
+    yes: bool,
 ) -> int:
     """Make TARGET equal to SOURCE by writing only what differs.
 
@@ -81,7 +110,23 @@ def command(
     larger than the source: its tail is left alone. The target is synced to disk before the command says it is done.
 
     SOURCE must not change meanwhile: stop what writes to it, or take a snapshot.
+
+    With a VOLUME of the pair, or nothing for all of them, it is the live mirror's resync, while clients read and
+    write: the daemon connects to its peer at once and brings over what differs. It says first what goes where and
+    why, and asks. The nodes also do it by themselves whenever they meet again.
     """
+    settings = context.find_object(Settings)
+    assert settings is not None
+    online = len(images) < 2
+    for name in OFFLINE if online else ONLINE:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            form = "two images, SOURCE and TARGET" if online else "the live mirror's resync, [VOLUME]"
+            raise click.UsageError(f"--{name.replace('_', '-')} belongs to {form}")
+    if online:
+        from mirrorpair.cli.online import resync_volume
+
+        raise_interrupt_on_termination()
+        return resync_volume(settings, images[0] if images else None, full=full, wait=wait, dry_run=dry_run, yes=yes)
     source, target = two_images("resync", images)
     raise_interrupt_on_termination()
     show_warnings(settings)

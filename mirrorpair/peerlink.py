@@ -1,0 +1,327 @@
+"""The way to the peer: who dials, who is let in, and when to try again. Control words, and data links for the engine.
+
+Rules:
+- One listener per node. The node whose name sorts lower dials, so there is never a pair of crossing connections; a new
+  control connection of the peer replaces the old one, which it must have lost.
+- Whoever connects is a stranger until its hello was checked: bounded in number, bytes and time, and never more than a
+  line in the log. A data connection is taken only while the control connection is up, and has to name its session.
+- A refusal is told to both sides with its reason, and tried again after 1 s, then twice as long each time, up to 60 s
+  (H3); mere loss after 0.1 s, up to 1 s, with jitter.
+- Nothing here decides: who may talk, what a request does and what a data link is for is the handler's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import secrets
+from typing import TYPE_CHECKING, Protocol
+
+from mirrorpair.address import Address, UnixAddress
+from mirrorpair.errors import MirrorpairError, PeerTimeoutError, UnreachableError
+from mirrorpair.linux import clock_boottime_ns
+from mirrorpair.peercontrol import Control, ControlHandler, Heart
+from mirrorpair.peerdata import DataConnection, Stopped
+from mirrorpair.peermessages import MAX_LINE, PREAMBLE_BYTES, PREAMBLE_CONTROL, PREAMBLE_DATA, Ask, Hello
+from mirrorpair.peersocket import Backoff, LineLimit, bind, connect
+from mirrorpair.text import printable
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Coroutine
+
+    from mirrorpair.liveness import Timing
+
+NEGOTIATE_S = 10.0
+REQUEST_S = 10.0
+STRANGERS = 16
+FAST_S = (0.1, 1.0)
+REFUSED_S = (1.0, 60.0)
+
+assert len(PREAMBLE_CONTROL) == len(PREAMBLE_DATA) == PREAMBLE_BYTES
+
+log = logging.getLogger("mirrorpair.peer")
+
+
+class PeerHandler(ControlHandler, Protocol):
+    """The node, as seen from here."""
+
+    def peer_up(self, hello: Hello) -> None: ...
+
+    def peer_down(self, reason: str, last_heard_ns: int | None) -> None: ...
+
+    async def on_data(self, data: DataConnection, *, dialed: bool) -> None:
+        """Negotiates on a new data connection and hands its channel to the engine; raises what stopped it. The
+        connection is closed afterwards in every case (the engine has a descriptor of its own)."""
+        ...
+
+
+class PeerLink:
+    """Both connections of one node to its peer. `start`, then it looks after itself until `stop`."""
+
+    def __init__(
+        self,
+        handler: PeerHandler,
+        *,
+        node: str,
+        peer: str,
+        listen: Address,
+        dial: Address,
+        timing: Timing,
+        rng: random.Random | None = None,
+        negotiate_s: float = NEGOTIATE_S,
+    ) -> None:
+        self.node, self.peer = node, peer
+        self.dials = node < peer
+        self.heart = Heart(timing)
+        self._handler = handler
+        self._listen, self._dial = listen, dial
+        self._negotiate_s = negotiate_s
+        self._rng = rng or random.Random()
+        self._fast = Backoff(FAST_S, self._rng)
+        self._slow = Backoff(REFUSED_S, self._rng)
+        self._data_fast = Backoff(FAST_S, self._rng)
+        self._data_slow = Backoff(REFUSED_S, self._rng)
+        self._hurry = asyncio.Event()
+        self._limit = LineLimit()
+        self._server: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._strangers = 0
+        self._control: Control | None = None
+        self._up = asyncio.Event()
+        self._data_wanted = asyncio.Event()
+        self._data_busy = False
+
+    async def start(self) -> None:
+        """Listens, and dials if it is ours to dial. RefusedError: the address is in use. UsageError: it cannot be
+        bound."""
+        self._server = await bind(self._listen)
+        self._spawn(self._accept_loop(self._server))
+        if self.dials:
+            self._spawn(self._dial_loop())
+            self._spawn(self._data_loop())
+
+    async def stop(self) -> None:
+        server, self._server = self._server, None
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._control is not None:
+            self._control.hang_up("this node stops")
+        if server is not None:
+            server.close()
+            if isinstance(self._listen, UnixAddress):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._listen.path)
+
+    @property
+    def control(self) -> Control | None:
+        """The control connection, while both have accepted each other."""
+        return self._control if self._control is not None and self._control.up else None
+
+    @property
+    def connected(self) -> bool:
+        return self.control is not None
+
+    def want_data(self) -> None:
+        """A data link is to be made as soon as the control connection is up (the dialer acts, the acceptor waits)."""
+        self._data_wanted.set()
+
+    def hurry(self) -> None:
+        """Tries again at once what a refusal had put off."""
+        self._slow.reset()
+        self._data_slow.reset()
+        self._hurry.set()
+
+    async def ask(self, ask: Ask, timeout: float = REQUEST_S) -> str:
+        """The reply's one word. UnreachableError: not connected, or lost before the reply (it may have been done).
+        PeerTimeoutError: no reply in time. PeerError: the peer says why not."""
+        control = self.control
+        if control is None:
+            raise UnreachableError(f"{self.peer} is not connected")
+        return await control.ask(ask, timeout)
+
+    # --- accepting
+
+    async def _accept_loop(self, server: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(server)
+            except OSError as error:
+                self._note(f"cannot accept a connection of {self.peer}: {error.strerror}")
+                await asyncio.sleep(0.1)
+                continue
+            if self._strangers >= STRANGERS:
+                sock.close()
+                self._note("too many connections that have not said who they are")
+                continue
+            self._spawn(self._stranger(sock))
+
+    async def _stranger(self, sock: socket.socket) -> None:
+        """A new connection; it counts as a stranger until it has said which of the two it is and, for control, who."""
+        sock.setblocking(False)
+        self._strangers += 1
+        counted = True
+
+        def known() -> None:
+            nonlocal counted
+            self._strangers -= counted
+            counted = False
+
+        try:
+            preamble = await self._preamble(sock)
+            if preamble == PREAMBLE_CONTROL:
+                await self._run_control(sock, dialed=False, known=known)
+            elif preamble == PREAMBLE_DATA:
+                known()
+                await self._accepted_data(sock)
+            elif preamble:
+                shown = printable(preamble.decode("latin-1"), 60)
+                self._note(f"somebody on the peer's port spoke something else: {shown}")
+            else:
+                self._note("somebody connected to the peer's port and did not say what for")
+        finally:
+            known()
+            sock.close()
+
+    async def _preamble(self, sock: socket.socket) -> bytes:
+        """Empty: it did not come, or not whole."""
+        loop = asyncio.get_running_loop()
+        preamble = b""
+        try:
+            async with asyncio.timeout(self._negotiate_s):
+                while len(preamble) < PREAMBLE_BYTES:
+                    piece = await loop.sock_recv(sock, PREAMBLE_BYTES - len(preamble))
+                    if not piece:
+                        return b""
+                    preamble += piece
+        except OSError:  # TimeoutError is one
+            return b""
+        return preamble
+
+    def _note(self, text: str) -> None:
+        self._limit.line(text, clock_boottime_ns())
+
+    async def _accepted_data(self, sock: socket.socket) -> None:
+        if not self.connected or self._data_busy or self.dials:
+            return
+        await self._negotiate(sock, 0, dialed=False)
+
+    # --- dialing
+
+    async def _dial_loop(self) -> None:
+        while True:
+            try:
+                sock = await connect(self._dial, PREAMBLE_CONTROL)
+            except OSError as error:
+                log.debug("%s at %s: %s", self.peer, self._dial, error)
+                await asyncio.sleep(self._fast.delay())
+                continue
+            if await self._run_control(sock, dialed=True):
+                self._fast.reset()
+                self._slow.reset()
+                await asyncio.sleep(self._fast.delay())
+            else:
+                await self._wait(self._slow.delay())
+
+    async def _data_loop(self) -> None:
+        """Whenever a data link is wanted and the control connection is up."""
+        while True:
+            await self._data_wanted.wait()
+            await self._up.wait()
+            try:
+                sock = await connect(self._dial, PREAMBLE_DATA)
+            except OSError:
+                await asyncio.sleep(self._data_fast.delay())
+                continue
+            self._data_wanted.clear()
+            outcome = await self._negotiate(sock, secrets.randbits(63) + 1, dialed=True)
+            if outcome is None:
+                self._data_slow.reset()
+                self._data_fast.reset()
+                continue
+            self._data_wanted.set()
+            if outcome:
+                await self._wait(self._data_slow.delay())
+            else:
+                await asyncio.sleep(self._data_fast.delay())
+
+    async def _wait(self, seconds: float) -> None:
+        """Ends early when somebody hurries."""
+        self._hurry.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
+
+    async def _negotiate(self, sock: socket.socket, session: int, *, dialed: bool) -> bool | None:
+        """None: the data link is made. True: refused, so back off; False: merely lost."""
+        self._data_busy = True
+        data = DataConnection(sock, session, self.peer)
+        made = False
+        try:
+            await self._handler.on_data(data, dialed=dialed)
+            made = True
+            return None
+        except Stopped as stopped:
+            log.info("no data link with %s: %s", self.peer, stopped)
+            return stopped.stop.kind != "retry"
+        except (UnreachableError, PeerTimeoutError) as error:
+            log.info("no data link with %s: %s", self.peer, error)
+            return False
+        except MirrorpairError as error:
+            log.warning("no data link with %s: %s", self.peer, error)
+            return True
+        finally:
+            self._data_busy = False
+            await data.close(shutdown=not made)
+
+    # --- the control connection
+
+    async def _run_control(
+        self, sock: socket.socket, *, dialed: bool, known: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Whether the two had accepted each other."""
+        reader, writer = await asyncio.open_connection(sock=sock, limit=MAX_LINE)
+        control = Control(
+            self._handler, self.heart, self.peer, reader, writer, dialed=dialed, negotiate_s=self._negotiate_s
+        )
+
+        def came_up(control: Control) -> None:
+            known()
+            self._came_up(control)
+
+        reason: str | None = "this node stops"
+        try:
+            reason = await control.run(came_up, self._note)
+        finally:
+            writer.transport.abort()
+            if self._control is control:
+                self._control = None
+                self._up.clear()
+                self._handler.peer_down(reason or "", self.heart.hearing.last_ns)
+        return reason is not None
+
+    def _came_up(self, control: Control) -> None:
+        old, self._control = self._control, control
+        if old is not None:
+            # Its own end would come later than this beginning, in the wrong order for the handler.
+            old.hang_up(f"{self.peer} connected anew")
+            self._handler.peer_down(f"{self.peer} connected anew", self.heart.hearing.last_ns)
+        self._up.set()
+        assert control.hello is not None
+        self._handler.peer_up(control.hello)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a task of the peer link ended", exc_info=error)

@@ -1,0 +1,599 @@
+"""Who is primary, and how it answers writes: `step(state, event, now) -> (state, actions, one sentence)`. Pure.
+
+The table `TABLE` has a handler for every phase and every kind of event; what is not in it changes nothing. Phases:
+
+    SECONDARY   --promote-->  ACQUIRING  --swap ok-->  WAITING or ALONE         --conflict-->  SECONDARY
+    RETURNING   the primary of record after a start: --peer is there, or time is over-->  ACQUIRING or SECONDARY
+    PAIRED      --link lost-->  WAITING        WAITING, ALONE, FROZEN  --link up-->  PAIRED
+    WAITING     --deadline-->  SHRINKING  --swap ok-->  ALONE
+                --deadline, survivor = "secondary"-->  FROZEN: only the peer may go on alone
+
+Rules:
+- A1 No answer without the peer before the swap that takes it out of `in_sync` is ok: WAITING and SHRINKING hold writes.
+- A3 Only a member of `in_sync`, with usable disks, becomes primary; a person may override what would lose data
+  (`accept_data_loss`), never what would serve garbage.
+- A4 Every acquisition raises the epoch, also after a restart. Who lost its boot without a clean stop does not take the
+  role back while another member is in the set. Who crashed takes it back without the peer in the set.
+- A11 Nobody takes over while its own promise binds it, unless the peer said that it does not serve, or a person forces.
+- A17 A link that is back before the deadline changes nothing: no swap, no new generation, the writes are sent again.
+- A18 A node that stops accepts no role. The one that stopped cleanly while the peer was in sync may have been replaced
+  since: alone it does not take the role back.
+- The grant follows from the state (`mode_of`), so it cannot be forgotten in a transition.
+- Time is CLOCK_BOOTTIME ns; `state.deadline_ns` says when a Tick is due at the latest.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from mirrorpair.rolewords import (
+    PRIMARY,
+    REFUSED,
+    Action,
+    Answer,
+    CaughtUp,
+    Demote,
+    Drain,
+    Drained,
+    DropLink,
+    Event,
+    GenerationBegan,
+    HangUp,
+    LinkLost,
+    LinkUp,
+    Mode,
+    PeerDown,
+    PeerLeft,
+    PeerSaid,
+    PeerUp,
+    Phase,
+    Promote,
+    Purpose,
+    RecordChanged,
+    RoleName,
+    Started,
+    State,
+    Stop,
+    Swap,
+    Swapped,
+    Synced,
+    Tick,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Step(NamedTuple):
+    state: State
+    actions: tuple[Action, ...]
+    sentence: str
+
+
+def mode_of(state: State) -> Mode:
+    """What the engine may do in this state."""
+    if state.phase is Phase.ALONE:
+        return Mode.ALONE if state.alone_began else Mode.ALONE_FIRST
+    return Mode.PEER if state.phase in PRIMARY else Mode.NONE
+
+
+def bounded(state: State) -> bool:
+    """Whether the grant ends with the peer's promise (A10): only where the peer could take over on silence."""
+    return state.survivor == "secondary" and state.phase in PRIMARY and state.peer_in_sync
+
+
+def consents(state: State, epoch: int, primary: str | None) -> str | None:
+    """Why the peer may not change the register to this, or None."""
+    if primary == state.peer and state.role == "primary":
+        return f"{state.me} is primary: `mirrorpair demote` there first"
+    if primary == state.peer and state.phase is Phase.ACQUIRING:
+        return f"{state.me} is becoming primary itself"
+    if primary == state.me and state.primary != state.me:
+        return f"{state.me} did not ask to be primary"
+    return None if epoch >= state.epoch else f"epoch {epoch} is older than {state.epoch}"
+
+
+def step(state: State, event: Event, now: int) -> Step:
+    """The next state, what to do, and one sentence that says what was done and why."""
+    if isinstance(event, Swapped) and event.ok:
+        swap = event.swap
+        state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync)
+    handler = TABLE.get((state.phase, type(event)))
+    if handler is None:
+        return Step(state, (), _nothing(state))
+    return handler(state, event, now)
+
+
+# --- pieces of decisions
+
+
+def _set(state: State, **changes: object) -> State:
+    return msgspec.structs.replace(state, **changes)
+
+
+def _nothing(state: State) -> str:
+    link = f"{state.peer} linked" if state.linked else f"no link with {state.peer}"
+    return f"no action: I am {state.me}, {state.role} ({state.phase.value}) of epoch {state.epoch}, {link}"
+
+
+def _stay(state: State, sentence: str = "") -> Step:
+    return Step(state, (), sentence or _nothing(state))
+
+
+def _refuse(state: State, message: str, retry_at_ns: int | None = None) -> Step:
+    return Step(state, (Answer(REFUSED, message, retry_at_ns),), f"refused: {message}")
+
+
+def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str) -> Step:
+    """A4: always a new epoch, above everything seen."""
+    epoch = max(state.epoch, state.peer_epoch) + 1
+    changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote")
+    return Step(changed, (Swap(purpose, epoch, state.me, in_sync),), f"{state.me} takes epoch {epoch}: {why}")
+
+
+def _lose_link(state: State, now: int, why: str) -> Step:
+    """The primary has no peer to send to. Who is not in the set is not waited for."""
+    state = _set(state, linked=False)
+    if not state.peer_in_sync:
+        return _alone(state, f"{why}; {state.peer} is not in sync, so {state.me} goes on alone")
+    if state.peer_left:
+        return _shrink(state, f"{why}; {state.peer} stopped gracefully")
+    since = now if state.peer_up or state.last_heard_ns is None else state.last_heard_ns
+    deadline = max(now, since + state.suspect_ns)
+    return Step(
+        _set(state, phase=Phase.WAITING, deadline_ns=deadline),
+        (),
+        f"{why}; writes wait up to {(deadline - now) / 1e9:.2f} s for {state.peer} to come back",
+    )
+
+
+def _shrink(state: State, why: str) -> Step:
+    changed = _set(state, phase=Phase.SHRINKING, deadline_ns=None)
+    swap = Swap("shrink", state.epoch, state.me, (state.me,))
+    return Step(changed, (swap,), f"{why}; {state.me} takes {state.peer} out of the in-sync set")
+
+
+def _alone(state: State, why: str) -> Step:
+    return Step(_set(state, phase=Phase.ALONE, deadline_ns=None, alone_began=False), (), why)
+
+
+def _paired(state: State, why: str) -> Step:
+    return Step(_set(state, phase=Phase.PAIRED, linked=True, deadline_ns=None, peer_left=False), (), why)
+
+
+def _lost_role(state: State, event: RecordChanged) -> Step:
+    was = state.role
+    changed = _set(
+        state,
+        phase=Phase.SECONDARY,
+        epoch=event.epoch,
+        primary=event.primary,
+        in_sync=event.in_sync,
+        deadline_ns=None,
+        draining=False,
+        releasing=False,
+        answering=False,
+    )
+    message = f"{event.primary or 'nobody'} is primary of epoch {event.epoch} now, not {state.me}"
+    actions: tuple[Action, ...] = (Answer(REFUSED, message),) if state.answering else ()
+    if was == "primary":
+        actions = (*actions, HangUp(), DropLink("the roles changed"))
+    return Step(changed, actions, message)
+
+
+# --- handlers
+
+
+def _started(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, Started)
+    crashed = event.was_primary and not event.clean
+    state = _set(
+        state,
+        epoch=event.epoch,
+        primary=event.primary,
+        in_sync=event.in_sync,
+        crashed=crashed,
+        boot_lost=event.boot_lost,
+    )
+    if event.primary != state.me:
+        return _stay(state, f"{state.me} starts as secondary of epoch {event.epoch}")
+    if event.obstacle is not None:
+        return _stay(state, f"{state.me} was primary and does not take the role back: {event.obstacle}")
+    if event.boot_lost and state.peer_in_sync:
+        return _stay(
+            state,
+            f"{state.me} was primary and lost its boot; {state.peer} was in sync and may hold what was lost, so "
+            f"{state.me} does not take the role back by itself",
+        )
+    return Step(
+        _set(state, phase=Phase.RETURNING, deadline_ns=now + event.wait_ns),
+        (),
+        f"{state.me} was primary of epoch {event.epoch}; it looks for {state.peer} for {event.wait_ns / 1e9:.2f} s",
+    )
+
+
+def _readopt(state: State, why: str) -> Step:
+    if state.stopping:
+        return _stay(state)
+    in_sync = (state.me,) if state.crashed or state.peer not in state.in_sync else state.in_sync
+    return _acquire(state, "readopt", in_sync, why)
+
+
+def _returning_meets(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, PeerUp | PeerSaid)
+    state = _note_peer(state, event.role, event.epoch, now)
+    if event.role == "primary":
+        return _yield(state)
+    if isinstance(event, PeerSaid):
+        return _stay(state)
+    return _readopt(state, f"it was primary and {state.peer} is secondary")
+
+
+def _yield(state: State) -> Step:
+    return _stay(
+        _set(state, phase=Phase.SECONDARY, deadline_ns=None),
+        f"{state.peer} is primary of epoch {state.peer_epoch}: {state.me} does not take the role back",
+    )
+
+
+def _returning_waited(state: State, _event: Event, now: int) -> Step:
+    if state.deadline_ns is None or now < state.deadline_ns:
+        return _stay(state)
+    if state.peer_up:
+        return _yield(state) if state.peer_role == "primary" else _readopt(state, f"{state.peer} is secondary")
+    if state.sole:
+        return _readopt(state, f"it was primary, is the only one in sync, and {state.peer} is not there")
+    if state.survivor == "secondary":
+        return _stay(
+            _set(state, deadline_ns=None),
+            f"{state.me} was primary; {state.peer} may have taken over in silence, so it is waited for",
+        )
+    if not state.crashed:
+        return _stay(
+            _set(state, phase=Phase.SECONDARY, deadline_ns=None),
+            f"{state.me} stopped cleanly while {state.peer} was in sync, and {state.peer} may have been promoted "
+            f"since: {state.me} does not take the role back alone",
+        )
+    return _readopt(state, f"it was primary and {state.peer} is not there")
+
+
+def _note_peer(state: State, role: RoleName, epoch: int, now: int) -> State:
+    return _set(state, peer_up=True, peer_role=role, peer_epoch=epoch, peer_left=False, last_heard_ns=now)
+
+
+def _peer_up(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, PeerUp | PeerSaid)
+    return _stay(
+        _note_peer(state, event.role, event.epoch, now),
+        f"{state.peer} is there: {event.role} of epoch {event.epoch}",
+    )
+
+
+def _forget_peer(state: State, event: PeerDown) -> State:
+    return _set(state, peer_up=False, peer_role=None, last_heard_ns=event.last_heard_ns)
+
+
+def _peer_down(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, PeerDown)
+    was = state.linked
+    drop = (DropLink(event.why),) if was else ()
+    return Step(_set(_forget_peer(state, event), linked=False), drop, event.why)
+
+
+def _primary_loses_peer(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, PeerDown)
+    was = state.linked
+    state = _forget_peer(state, event)
+    if not was:
+        return _stay(state, event.why)
+    lost = _lose_link(state, now, event.why)
+    return Step(lost.state, (DropLink(event.why), *lost.actions), lost.sentence)
+
+
+def _peer_left(state: State, _event: Event, now: int) -> Step:
+    """The session goes on until its connection ends; the promise to it is void (A11)."""
+    state = _set(state, peer_left=True, peer_role="secondary")
+    why = f"{state.peer} stops gracefully"
+    if state.phase not in PRIMARY:
+        return Step(_set(state, linked=False), (DropLink(why),), why)
+    if state.phase in (Phase.ALONE, Phase.SHRINKING):
+        return Step(_set(state, linked=False), (DropLink(why),), why)
+    lost = _lose_link(state, now, why)
+    return Step(lost.state, (DropLink(why), *lost.actions), lost.sentence)
+
+
+def _link_up(state: State, _event: Event, _now: int) -> Step:
+    return _stay(_set(state, linked=True), f"{state.me} and {state.peer} are linked")
+
+
+def _primary_link_up(state: State, _event: Event, _now: int) -> Step:
+    return _paired(state, f"{state.peer} is linked: writes go to both")
+
+
+def _shrinking_link_up(state: State, _event: Event, _now: int) -> Step:
+    """The swap is on its way and may have happened: until its outcome is known nothing is answered alone."""
+    return _stay(_set(state, linked=True), f"{state.peer} is linked again while it is being taken out of the set")
+
+
+def _link_lost(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, LinkLost)
+    return _stay(_set(state, linked=False), event.why)
+
+
+def _primary_link_lost(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, LinkLost)
+    return _lose_link(state, now, event.why)
+
+
+def _waited(state: State, _event: Event, now: int) -> Step:
+    if state.deadline_ns is None or now < state.deadline_ns:
+        return _stay(state)
+    why = f"{state.peer} did not come back"
+    if not state.peer_in_sync:
+        return _alone(state, f"{why}; {state.me} goes on alone")
+    if state.survivor == "secondary" and not state.peer_left:
+        return _stay(
+            _set(state, phase=Phase.FROZEN, deadline_ns=None),
+            f'{why}, and survivor = "secondary": {state.me} answers nothing until it is back',
+        )
+    return _shrink(state, why)
+
+
+def _synced(state: State, _event: Event, _now: int) -> Step:
+    state = _set(state, crashed=False, boot_lost=False)
+    both = tuple(sorted((state.me, state.peer)))
+    if tuple(sorted(state.in_sync)) == both:
+        return _stay(state)
+    swap = Swap("expand", state.epoch, state.primary, both)
+    return Step(state, (swap,), f"{state.peer} has everything: it enters the in-sync set")
+
+
+def _caught_up(state: State, _event: Event, _now: int) -> Step:
+    return _stay(_set(state, crashed=False, boot_lost=False), f"{state.me} has the same data as {state.peer}")
+
+
+def _record_changed(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, RecordChanged)
+    return _stay(
+        _set(state, epoch=event.epoch, primary=event.primary, in_sync=event.in_sync),
+        f"the record says: {event.primary or 'nobody'} is primary of epoch {event.epoch}, "
+        f"in sync: {', '.join(event.in_sync) or 'nobody'}",
+    )
+
+
+def _primary_record_changed(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, RecordChanged)
+    if event.primary != state.me:
+        return _lost_role(state, event)
+    return _record_changed(state, event, now)
+
+
+def _returning_record_changed(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, RecordChanged)
+    if event.primary != state.me:
+        return _lost_role(state, event)
+    return _record_changed(state, event, now)
+
+
+def _promote(state: State, event: Event, now: int) -> Step:
+    """A3, A11: may this node become primary, now, on a person's word?"""
+    assert isinstance(event, Promote)
+    me, peer = state.me, state.peer
+    if state.stopping:
+        return _refuse(state, f"{me} is stopping")
+    if event.obstacle is not None:
+        return _refuse(state, event.obstacle)
+    if state.peer_up and state.peer_role == "primary":
+        return _refuse(state, f"{peer} is primary of epoch {state.peer_epoch}: `mirrorpair demote` there first")
+    # What this node lacks, if anything.
+    member = me in state.in_sync or not state.in_sync
+    unknown = not state.peer_up and not state.peer_left and not state.sole
+    if not event.accept_data_loss:
+        if not member:
+            return _refuse(
+                state,
+                f"{me} is not in sync: {peer} has acknowledged writes that would be lost "
+                "(--accept-data-loss gives them up)",
+            )
+        if state.boot_lost and state.peer_in_sync:
+            return _refuse(
+                state,
+                f"{me} lost its boot, and {peer} may hold acknowledged writes that were lost with it: promote {peer}, "
+                f"or wait until {me} has them (--accept-data-loss gives them up)",
+            )
+        if unknown:
+            return _refuse(
+                state,
+                f"{peer} is silent and may be serving: what it acknowledged alone would be lost "
+                "(--accept-data-loss gives it up)",
+            )
+    if unknown and now < event.bound_until_ns and not event.force:
+        left = (event.bound_until_ns - now) / 1e9
+        return _refuse(
+            state,
+            f"{me} has promised {peer} not to take over for another {left:.1f} s (--force does not wait)",
+            event.bound_until_ns,
+        )
+    keeps = state.peer_up and state.peer_in_sync and member and not state.crashed and not state.boot_lost
+    in_sync = tuple(sorted((me, peer))) if keeps else (me,)
+    given_up = "" if member and not unknown else f"; what only {peer} has is given up"
+    return _acquire(state, "promote", in_sync, f"a person promotes it{given_up}")
+
+
+def _is_primary(state: State, _event: Event, _now: int) -> Step:
+    message = f"{state.me} is primary already, of epoch {state.epoch}"
+    return Step(state, (Answer(0, message),), message)
+
+
+def _frozen_promote(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, Promote)
+    if not event.accept_data_loss:
+        return _refuse(
+            state,
+            f"{state.me} is primary but frozen: {state.peer} is silent and may have taken over "
+            "(--accept-data-loss goes on alone)",
+        )
+    shrunk = _shrink(state, "a person says that it may go on alone")
+    return Step(_set(shrunk.state, answering=True), shrunk.actions, shrunk.sentence)
+
+
+def _busy(state: State, _event: Event, _now: int) -> Step:
+    return _refuse(state, f"a change of roles is under way on {state.me}: try again")
+
+
+def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, Swapped)
+    answered = state.answering
+    state = _set(state, answering=False)
+    if not event.ok:
+        back = Phase.RETURNING if event.swap.purpose == "readopt" else Phase.SECONDARY
+        deadline = now + state.retry_ns if back is Phase.RETURNING else None
+        message = f"{state.me} did not become primary: {event.why}"
+        actions = (Answer(REFUSED, message),) if answered else ()
+        return Step(_set(state, phase=back, deadline_ns=deadline), actions, message)
+    state = _set(state, crashed=False, boot_lost=False, alone_began=False)
+    message = f"{state.me} is primary of epoch {state.epoch}"
+    answer: tuple[Action, ...] = (Answer(0, message),) if answered else ()
+    if state.peer_up:
+        # A new session, in which this end is the source.
+        waiting = _set(state, phase=Phase.WAITING, linked=False, deadline_ns=now + state.suspect_ns)
+        return Step(waiting, (*answer, DropLink("the roles changed")), message)
+    alone = _alone(state, message) if not state.peer_in_sync else _lose_link(state, now, message)
+    return Step(alone.state, (*answer, *alone.actions), alone.sentence)
+
+
+def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
+    assert isinstance(event, Swapped)
+    if event.swap.purpose != "shrink":
+        return _swapped(state, event, now)
+    if not event.ok:
+        waiting = _set(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
+        if state.linked:
+            return _paired(state, f"{state.peer} stays in the set ({event.why}) and is linked")
+        return Step(waiting, (), f"{state.peer} could not be taken out of the set: {event.why}; again soon")
+    message = f"{state.me} goes on alone in epoch {state.epoch}"
+    answer = (Answer(0, message),) if state.answering else ()
+    state = _set(state, answering=False)
+    if state.linked:
+        linked = _paired(state, f"{state.peer} is out of the set and linked: it enters again when it has everything")
+        return Step(linked.state, answer, linked.sentence)
+    alone = _alone(state, message)
+    return Step(alone.state, answer, alone.sentence)
+
+
+def _swapped(state: State, event: Event, _now: int) -> Step:
+    """Of an expand, or of a release."""
+    assert isinstance(event, Swapped)
+    if event.swap.purpose != "release":
+        return _stay(state, f"the in-sync set is {', '.join(state.in_sync)}" if event.ok else event.why)
+    answered = state.answering
+    if not event.ok:
+        message = f"{state.me} stays primary: {event.why}"
+        return Step(
+            _set(state, releasing=False, draining=False, answering=False),
+            (Answer(REFUSED, message),) if answered else (),
+            message,
+        )
+    message = f"{state.me} is secondary: it gave the role up in epoch {state.epoch}"
+    changed = _set(
+        state, phase=Phase.SECONDARY, releasing=False, draining=False, answering=False, deadline_ns=None, linked=False
+    )
+    return Step(changed, (*((Answer(0, message),) if answered else ()), DropLink("the roles changed")), message)
+
+
+def _is_secondary(state: State, _event: Event, _now: int) -> Step:
+    message = f"{state.me} is secondary already"
+    return Step(state, (Answer(0, message),), message)
+
+
+def _returning_demote(state: State, _event: Event, _now: int) -> Step:
+    message = f"{state.me} does not take the role back"
+    return Step(_set(state, phase=Phase.SECONDARY, deadline_ns=None), (Answer(0, message),), message)
+
+
+def _demote(state: State, event: Event, now: int) -> Step:
+    if state.draining or state.answering:
+        return _busy(state, event, now)
+    if state.phase is Phase.FROZEN:
+        # Nothing can be drained without the peer: the role is given up as it is.
+        release = Swap("release", state.epoch, None, state.in_sync)
+        return Step(
+            _set(state, draining=True, releasing=True, answering=True), (HangUp(), release), "a person demotes it"
+        )
+    return Step(_set(state, draining=True, answering=True), (Drain(),), f"a person demotes {state.me}: clients drain")
+
+
+def _drained(state: State, _event: Event, _now: int) -> Step:
+    if not state.draining or state.releasing or state.stopping:
+        return _stay(state)
+    release = Swap("release", state.epoch, None, state.in_sync)
+    return Step(_set(state, releasing=True), (release,), "no client is left: the role is given up")
+
+
+def _generation(state: State, _event: Event, _now: int) -> Step:
+    return _stay(_set(state, alone_began=True), f"{state.me} writes a generation of its own")
+
+
+def _stop(state: State, _event: Event, _now: int) -> Step:
+    """A18. A primary drains first; what follows is the node's business, in order."""
+    if state.phase in PRIMARY:
+        return Step(_set(state, stopping=True, draining=True), (Drain(),), f"{state.me} stops: clients drain")
+    return _stay(_set(state, stopping=True), f"{state.me} stops")
+
+
+def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], Step]]:
+    found: dict[tuple[Phase, type[Event]], Callable[[State, Event, int], Step]] = {}
+
+    def put(phases: frozenset[Phase], event: type[Event], handler: Callable[[State, Event, int], Step]) -> None:
+        for phase in phases:
+            assert (phase, event) not in found
+            found[phase, event] = handler
+
+    def only(*phases: Phase) -> frozenset[Phase]:
+        return frozenset(phases)
+
+    every = frozenset(Phase)
+    idle = every - PRIMARY
+    held = only(Phase.WAITING, Phase.ALONE, Phase.FROZEN)
+    put(only(Phase.SECONDARY), Started, _started)
+    put(only(Phase.RETURNING), PeerUp, _returning_meets)
+    put(every - only(Phase.RETURNING), PeerUp, _peer_up)
+    put(only(Phase.RETURNING), PeerSaid, _returning_meets)
+    put(every - only(Phase.RETURNING), PeerSaid, _peer_up)
+    put(idle, PeerDown, _peer_down)
+    put(only(Phase.PAIRED), PeerDown, _primary_loses_peer)
+    put(only(Phase.WAITING, Phase.SHRINKING, Phase.ALONE, Phase.FROZEN), PeerDown, _peer_down)
+    put(every, PeerLeft, _peer_left)
+    put(idle, LinkUp, _link_up)
+    put(only(Phase.SHRINKING), LinkUp, _shrinking_link_up)
+    put(held | only(Phase.PAIRED), LinkUp, _primary_link_up)
+    put(idle | held | only(Phase.SHRINKING), LinkLost, _link_lost)
+    put(only(Phase.PAIRED), LinkLost, _primary_link_lost)
+    put(only(Phase.WAITING), Tick, _waited)
+    put(only(Phase.RETURNING), Tick, _returning_waited)
+    put(only(Phase.SECONDARY, Phase.PAIRED), Synced, _synced)
+    put(every, CaughtUp, _caught_up)
+    put(only(Phase.SECONDARY, Phase.ACQUIRING), RecordChanged, _record_changed)
+    put(only(Phase.RETURNING), RecordChanged, _returning_record_changed)
+    put(PRIMARY, RecordChanged, _primary_record_changed)
+    put(only(Phase.SECONDARY, Phase.RETURNING), Promote, _promote)
+    put(only(Phase.ACQUIRING), Promote, _busy)
+    put(PRIMARY - only(Phase.FROZEN), Promote, _is_primary)
+    put(only(Phase.FROZEN), Promote, _frozen_promote)
+    put(only(Phase.ACQUIRING), Swapped, _swapped_acquiring)
+    put(only(Phase.SHRINKING), Swapped, _swapped_shrinking)
+    put(every - only(Phase.ACQUIRING, Phase.SHRINKING), Swapped, _swapped)
+    put(only(Phase.SECONDARY), Demote, _is_secondary)
+    put(only(Phase.RETURNING), Demote, _returning_demote)
+    put(only(Phase.ACQUIRING), Demote, _busy)
+    put(PRIMARY, Demote, _demote)
+    put(PRIMARY, Drained, _drained)
+    put(only(Phase.ALONE), GenerationBegan, _generation)
+    put(every, Stop, _stop)
+    return found
+
+
+TABLE = _table()
+"""(phase, kind of event) -> handler; what is not here changes nothing"""

@@ -1,0 +1,247 @@
+"""The words of the role decisions: a node's state, what can happen to it, what is to be done. Pure; see roles.py.
+
+Rules:
+- Everything that a decision depends on is in State or in the event: no clock, no file, no other module's memory.
+- Times are CLOCK_BOOTTIME ns.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+import msgspec
+
+RoleName = Literal["primary", "secondary"]
+Survivor = Literal["primary", "secondary"]
+Purpose = Literal["promote", "readopt", "shrink", "expand", "release"]
+
+REFUSED = 12
+
+
+class Phase(enum.Enum):
+    SECONDARY = "secondary"
+    RETURNING = "returning"
+    ACQUIRING = "acquiring"
+    PAIRED = "paired"
+    WAITING = "waiting"
+    SHRINKING = "shrinking"
+    ALONE = "alone"
+    FROZEN = "frozen"
+
+
+PRIMARY = frozenset({Phase.PAIRED, Phase.WAITING, Phase.SHRINKING, Phase.ALONE, Phase.FROZEN})
+
+
+class Mode(enum.IntEnum):
+    """What the engine is granted; the numbers are the engine's."""
+
+    NONE = 0
+    PEER = 1
+    ALONE_FIRST = 2
+    ALONE = 3
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the decisions depend on. `in_sync`, `epoch` and `primary` are the register's."""
+
+    me: str
+    peer: str
+    survivor: Survivor
+    suspect_ns: int
+    retry_ns: int
+    phase: Phase = Phase.SECONDARY
+    epoch: int = 0
+    primary: str | None = None
+    in_sync: tuple[str, ...] = ()
+    peer_up: bool = False
+    peer_role: RoleName | None = None
+    peer_epoch: int = 0
+    peer_left: bool = False
+    """it stopped gracefully, and has not been seen since"""
+    linked: bool = False
+    """a data link is attached"""
+    last_heard_ns: int | None = None
+    deadline_ns: int | None = None
+    crashed: bool = False
+    """ended as primary without a clean stop, and neither primary nor in sync since"""
+    boot_lost: bool = False
+    alone_began: bool = False
+    """the new generation is durable (G2)"""
+    draining: bool = False
+    releasing: bool = False
+    stopping: bool = False
+    answering: bool = False
+    """a person waits for the outcome of a promotion or demotion"""
+
+    @property
+    def role(self) -> RoleName:
+        return "primary" if self.phase in PRIMARY else "secondary"
+
+    @property
+    def peer_in_sync(self) -> bool:
+        return self.peer in self.in_sync
+
+    @property
+    def sole(self) -> bool:
+        """This node is the only one that has every acknowledged write."""
+        return self.in_sync == (self.me,)
+
+
+class Swap(msgspec.Struct, frozen=True):
+    """Change the register; its outcome is an event Swapped."""
+
+    purpose: Purpose
+    epoch: int
+    primary: str | None
+    in_sync: tuple[str, ...]
+
+
+# --- events
+
+
+class Started(msgspec.Struct, frozen=True):
+    """First of all. `was_primary`: the node file's role; `wait_ns`: a promise's full time (A11)."""
+
+    epoch: int
+    primary: str | None
+    in_sync: tuple[str, ...]
+    was_primary: bool
+    clean: bool
+    boot_lost: bool
+    wait_ns: int
+    obstacle: str | None = None
+    """why the disks cannot serve"""
+
+
+class PeerUp(msgspec.Struct, frozen=True):
+    role: RoleName
+    epoch: int
+
+
+class PeerSaid(msgspec.Struct, frozen=True):
+    """A heartbeat; an event only when something in it has changed."""
+
+    role: RoleName
+    epoch: int
+
+
+class PeerDown(msgspec.Struct, frozen=True):
+    """The control connection is lost, or silent for too long."""
+
+    why: str
+    last_heard_ns: int | None = None
+
+
+class PeerLeft(msgspec.Struct, frozen=True):
+    """It stops gracefully: it serves no more, and does not come back in this session."""
+
+
+class LinkUp(msgspec.Struct, frozen=True):
+    """A data link is attached to the engine."""
+
+
+class LinkLost(msgspec.Struct, frozen=True):
+    why: str
+
+
+class Synced(msgspec.Struct, frozen=True):
+    """Every volume of the peer is durably equal to ours (R1), told at the link's source end."""
+
+
+class CaughtUp(msgspec.Struct, frozen=True):
+    """Every volume here is durably equal to the peer's: what an earlier end left open is settled."""
+
+
+class RecordChanged(msgspec.Struct, frozen=True):
+    """The register has another content than this node gave it last."""
+
+    epoch: int
+    primary: str | None
+    in_sync: tuple[str, ...]
+
+
+class Swapped(msgspec.Struct, frozen=True):
+    """The outcome of an action Swap. `ok`: the register is what `swap` asked for, durably."""
+
+    swap: Swap
+    ok: bool
+    why: str = ""
+
+
+class Promote(msgspec.Struct, frozen=True):
+    """`obstacle`: why the disks cannot serve, or None. `bound_until_ns`: our own promise (A11)."""
+
+    accept_data_loss: bool
+    force: bool
+    obstacle: str | None
+    bound_until_ns: int
+
+
+class Demote(msgspec.Struct, frozen=True):
+    pass
+
+
+class Drained(msgspec.Struct, frozen=True):
+    """No client is left and all that was answered is durable where it has to be."""
+
+
+class GenerationBegan(msgspec.Struct, frozen=True):
+    """The new ids are durable in every volume's superblock (G2)."""
+
+
+class Stop(msgspec.Struct, frozen=True):
+    pass
+
+
+class Tick(msgspec.Struct, frozen=True):
+    pass
+
+
+Event = (
+    Started
+    | PeerUp
+    | PeerSaid
+    | PeerDown
+    | PeerLeft
+    | LinkUp
+    | LinkLost
+    | Synced
+    | CaughtUp
+    | RecordChanged
+    | Swapped
+    | Promote
+    | Demote
+    | Drained
+    | GenerationBegan
+    | Stop
+    | Tick
+)
+
+
+# --- actions
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """Stop reading from the clients, answer what was read, hang up, make it durable; then an event Drained."""
+
+
+class HangUp(msgspec.Struct, frozen=True):
+    """Drop the clients at once: the role is lost."""
+
+
+class DropLink(msgspec.Struct, frozen=True):
+    """End the data link, and make a new one if the peer is there: its roles or its peer have changed."""
+
+    why: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """To whoever waits for a promotion or demotion. `retry_at_ns`: it would be allowed from then on."""
+
+    code: int
+    message: str
+    retry_at_ns: int | None = None
+
+
+Action = Swap | Drain | HangUp | DropLink | Answer

@@ -1,0 +1,228 @@
+"""This node's volumes as the daemon has them open: image, metadata, and what the two say about each other.
+
+Rules:
+- M1 An image of another size than the metadata say is refused; another image (A8), or metadata older than the node file
+  (F15), are `distrusted`: the volume is neither served nor a source until everything was copied again.
+- M2 Everything is opened and locked, or nothing.
+- M9 A new epoch goes to the superblocks first, to the node file last.
+- Every `update` is durable when it returns, and blocks: the node calls it in a thread, one at a time.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from mirrorpair.errors import RefusedError, UsageError
+from mirrorpair.history import NO_ID, Ids, Side, adopt, began_alone, first, forget_bitmap
+from mirrorpair.identity import boot_id, difference, identify
+from mirrorpair.image import Image, open_target
+from mirrorpair.metadata import NodeFile, Superblock, check_owner, open_node, open_volume, rolled_back
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from mirrorpair.config import Config, Node, Volume
+    from mirrorpair.history import DiskState, Role
+    from mirrorpair.twofold import Stored
+
+
+class OpenVolume:
+    """One volume. `index` is its number in the engine."""
+
+    def __init__(
+        self, index: int, volume: Volume, image: Image, meta: Stored[Superblock], distrust: str | None
+    ) -> None:
+        self.index = index
+        self.name = volume.name
+        self.size = volume.size
+        self.block_size = volume.block_size
+        self.image = image
+        self.meta = meta
+        self.distrust = distrust
+        """why the image and its metadata do not belong together, one sentence; None: they do"""
+        self.failed: str | None = None
+        """the first disk or journal error of this run"""
+
+    @property
+    def block(self) -> Superblock:
+        return self.meta.value
+
+    def obstacle(self) -> str | None:
+        """Why it cannot be served, or None."""
+        if self.failed is not None:
+            return f"volume {self.name}: {self.failed}"
+        if self.distrust is not None:
+            return f"volume {self.name}: {self.distrust}"
+        if self.block.inconsistent:
+            return f"volume {self.name} is {self.block.disk}: a resync into it has not ended"
+        return None
+
+    def engine_entry(self) -> tuple[int, int, int, int]:
+        return self.image.fd, self.size, self.meta.fd, self.block_size
+
+
+class OpenNode:
+    """Node file and volumes, open and locked. A context manager."""
+
+    def __init__(self, file: Stored[NodeFile], volumes: list[OpenVolume], stack: ExitStack) -> None:
+        self.file = file
+        self.volumes = volumes
+        self.boot_id = boot_id()
+        self._stack = stack
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def volume(self, name: str) -> OpenVolume:
+        """UsageError: there is none of this name."""
+        for volume in self.volumes:
+            if volume.name == name:
+                return volume
+        raise UsageError(f"there is no volume {name!r}; there are: {', '.join(one.name for one in self.volumes)}")
+
+    @property
+    def value(self) -> NodeFile:
+        return self.file.value
+
+    def obstacle(self) -> str | None:
+        return next((found for one in self.volumes if (found := one.obstacle()) is not None), None)
+
+    # --- durable changes; each blocks
+
+    def started(self, *, settled: bool) -> None:
+        """The daemon runs. `settled` False: an earlier end is not settled yet, so what the node file says of it stays
+        until it is."""
+        for volume in self.volumes:
+            volume.meta.update(clean=False, boot_id=self.boot_id)
+        if settled:
+            self.file.update(clean=False, boot_id=self.boot_id, role="secondary")
+
+    def raise_epoch_floor(self, epoch: int) -> None:
+        """A13."""
+        if epoch > self.value.epoch_floor:
+            self.file.update(epoch_floor=epoch)
+
+    def learned(self, *, epoch: int, version: int, role: Role, settled: bool) -> None:
+        """The register has changed: its epoch and version, and this node's role in it."""
+        epoch = max(epoch, self.value.epoch)
+        for volume in self.volumes:
+            volume.meta.update(epoch=epoch)
+        changes: dict[str, Any] = {
+            "epoch": epoch,
+            "epoch_floor": max(epoch, self.value.epoch_floor),
+            "register_epoch": epoch,
+            "register_version": version,
+        }
+        if settled:
+            changes |= {"role": role, "clean": False, "boot_id": self.boot_id}
+        self.file.update(**changes)
+
+    def settled(self, role: Role) -> None:
+        """What an earlier end left open is over."""
+        self.file.update(role=role, clean=False, boot_id=self.boot_id)
+
+    def met(self, pair_uuid: str) -> None:
+        """M10: superblocks first."""
+        for volume in self.volumes:
+            if not volume.block.pair_uuid:
+                volume.meta.update(pair_uuid=pair_uuid)
+        if not self.value.pair_uuid:
+            self.file.update(pair_uuid=pair_uuid)
+
+    def began_alone(self, new_id: Callable[[], int]) -> None:
+        """G1, G2: the new generation of every volume."""
+        for volume in self.volumes:
+            volume.meta.update(ids=began_alone(volume.block.ids, new_id()))
+
+    def stopped(self, *, settled: bool) -> None:
+        """A18: everything is durable."""
+        for volume in self.volumes:
+            volume.meta.update(clean=True, boot_id=self.boot_id)
+        if settled:
+            self.file.update(clean=True, boot_id=self.boot_id)
+
+
+def prepare(volume: OpenVolume, *, volume_uuid: str, first_id: int, target: bool) -> None:
+    """Before a data link begins: M10's ids; R1 for the target of a copy. Blocks."""
+    changes: dict[str, Any] = {"volume_uuid": volume_uuid}
+    if first_id:
+        changes["ids"] = first(first_id)
+    if target:
+        changes["disk"] = "inconsistent"
+    volume.meta.update(**changes)
+
+
+def finish_target(volume: OpenVolume, source: Ids) -> None:
+    """R1, G4: everything is here and durable; the source's ids, then the flag: one write holds both. Blocks."""
+    volume.meta.update(
+        ids=adopt(source), disk="consistent", identity=identify(volume.image.fd), discard=False, peer_disk="up-to-date"
+    )
+    volume.distrust = None
+
+
+def finish_source(volume: OpenVolume) -> None:
+    """G4: the target has said that it is durable there. Blocks."""
+    if volume.block.ids.bitmap != NO_ID:
+        volume.meta.update(ids=forget_bitmap(volume.block.ids), peer_disk="up-to-date")
+
+
+def side_of(
+    volume: OpenVolume,
+    *,
+    node: str,
+    role: Role,
+    epoch: int,
+    disk: DiskState,
+    dirty: bool,
+    crashed: bool,
+    boot_lost: bool,
+    survivor: bool,
+    alone: bool,
+) -> Side:
+    """What this node says about the volume in a handshake."""
+    block = volume.block
+    return Side(
+        node=node,
+        size=volume.size,
+        block_size=volume.block_size,
+        ids=block.ids,
+        new=block.new,
+        role=role,
+        disk=disk,
+        crashed_primary=crashed,
+        boot_lost=boot_lost,
+        connected_survivor=survivor,
+        dirty=dirty,
+        alone=alone,
+        epoch=epoch,
+        discard=block.discard,
+        distrusted=volume.distrust is not None,
+    )
+
+
+def open_all(config: Config, node: Node) -> OpenNode:
+    """RefusedError: another daemon has them, they are another node's, damaged, or of another size. UsageError: they
+    were never made. ImageError: they cannot be read."""
+    with ExitStack() as stack:
+        file = stack.enter_context(open_node(node.node_file))
+        check_owner(file.value, pair=config.name, node=node.name)
+        volumes = []
+        for index, volume in enumerate(config.volumes):
+            meta = stack.enter_context(open_volume(node.meta_path(volume.name)))
+            check_owner(
+                meta.value,
+                pair=config.name,
+                node=node.name,
+                volume=volume.name,
+                size=volume.size,
+                block_size=volume.block_size,
+                pair_uuid=file.value.pair_uuid,
+            )
+            image = stack.enter_context(open_target(node.images[volume.name], size=volume.size, create=False))
+            distrust = difference(meta.value.identity, identify(image.fd)) or rolled_back(meta.value, file.value)
+            volumes.append(OpenVolume(index, volume, image, meta, distrust))
+        if len({one.block.pair_uuid for one in volumes if one.block.pair_uuid}) > 1:
+            raise RefusedError("the volumes' metadata are of different pairs: some of them were restored or copied")
+        return OpenNode(file, volumes, stack.pop_all())

@@ -1,0 +1,235 @@
+"""A pair of real daemons for the tests: two processes on this host, joined by unix sockets in a folder of their own.
+
+Rules:
+- Nothing waits by the clock: commands wait for what they need (`wait --for`), with a limit that only a hang reaches.
+- Whatever a test does, its processes are gone at the end, and only its own.
+- `same_images` is the last word of every test that mirrored something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from mirrorpair.control import AdminClient
+from mirrorpair.nbdclient import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mirrorpair.nbdclient import NbdClient
+    from mirrorpair.status import Status
+
+HANG_S = 60.0
+MIB = 1 << 20
+
+CONFIG = """
+[pair]
+name = "shop"
+arbiter = "none"
+survivor = "{survivor}"
+
+[heartbeat]
+interval = "{interval}"
+promise = "{promise}"
+suspect-after = {suspect_after}
+
+{volumes}
+{nodes}
+"""
+
+NODE = """
+[node.{name}]
+address = "unix:{name}.peer"
+state-dir = "{name}"
+control = "{name}.ctl"
+nbd = ["unix:{name}.nbd"]
+{images}
+"""
+
+
+class Daemon:
+    """One node. Its log is in `<folder>/<name>.log`."""
+
+    def __init__(self, pair: Pair, name: str) -> None:
+        self.pair = pair
+        self.name = name
+        self.process: subprocess.Popen[bytes] | None = None
+
+    # --- the process
+
+    def command(self, *words: str, check: bool = True, timeout: float = HANG_S) -> subprocess.CompletedProcess[str]:
+        """`mirrorpair WORDS` for this node."""
+        done = subprocess.run(
+            [sys.executable, "-m", "mirrorpair", "-c", str(self.pair.config), "--node", self.name, *words],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}{done.stderr}\n{self.log()}"
+        return done
+
+    def start(self, *before: str, wait: bool = True) -> None:
+        """`before`: words in front of the command, such as a tracer."""
+        assert self.process is None
+        with (self.pair.folder / f"{self.name}.log").open("ab") as out:
+            self.process = subprocess.Popen(
+                [*before, sys.executable, "-m", "mirrorpair", "-v", "-c", str(self.pair.config), "--node", self.name, "run"],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        if wait:
+            self.until_up()
+
+    def until_up(self) -> None:
+        assert self.process is not None
+        while True:
+            with contextlib.suppress(Exception), AdminClient(str(self.path("ctl"))) as client:
+                client.status()
+                return
+            code = self.process.poll()
+            assert code is None, f"{self.name} ended with {code}\n{self.log()}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.02)
+
+    def kill(self) -> None:
+        """As a crash of the process: the kernel keeps what was written."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(HANG_S)
+        self.process = None
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        code = self.process.wait(HANG_S)
+        self.process = None
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def log(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return f"--- {self.name}\n" + (self.pair.folder / f"{self.name}.log").read_text()[-12000:]
+        return ""
+
+    # --- what is asked of it
+
+    def path(self, suffix: str) -> Path:
+        return self.pair.folder / f"{self.name}.{suffix}"
+
+    def image(self, volume: str = "data") -> Path:
+        return self.pair.folder / f"{self.name}-{volume}.img"
+
+    def init(self, *words: str) -> None:
+        self.command("init", *words)
+
+    def promote(self, *, accept_data_loss: bool = False, force: bool = False) -> str:
+        with AdminClient(str(self.path("ctl")), patience_s=HANG_S) as client:
+            return client.promote(accept_data_loss=accept_data_loss, force=force).message
+
+    def demote(self) -> str:
+        with AdminClient(str(self.path("ctl")), patience_s=HANG_S) as client:
+            return client.demote().message
+
+    def status(self) -> Status:
+        with AdminClient(str(self.path("ctl"))) as client:
+            return client.status()
+
+    def wait(self, condition: Any, timeout: float = HANG_S) -> Status:
+        try:
+            with AdminClient(str(self.path("ctl")), patience_s=HANG_S) as client:
+                return client.wait_for(condition, timeout=timeout).status
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                print(json.dumps(json.loads(__import__("msgspec").json.encode(self.status())), indent=1))
+            raise AssertionError(f"{self.name} is not {condition}: {error}\n{self.pair.logs()}") from error
+
+    @contextlib.contextmanager
+    def client(self, volume: str = "data") -> Iterator[NbdClient]:
+        with connect(str(self.path("nbd")), volume) as client:
+            yield client
+
+
+class Pair:
+    """alpha and beta; alpha's name sorts lower, so it dials."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int = 8 * MIB,
+        volumes: tuple[str, ...] = ("data",),
+        survivor: str = "primary",
+        interval: str = "100ms",
+        promise: str = "1s",
+        suspect_after: int = 5,
+    ) -> None:
+        self.folder = folder
+        self.size = size
+        self.volumes = volumes
+        self.config = folder / "pair.toml"
+        self.alpha = Daemon(self, "alpha")
+        self.beta = Daemon(self, "beta")
+        nodes = "".join(
+            NODE.format(
+                name=name, images="\n".join(f'image.{volume} = "{name}-{volume}.img"' for volume in volumes)
+            )
+            for name in ("alpha", "beta")
+        )
+        self.config.write_text(
+            CONFIG.format(
+                survivor=survivor,
+                interval=interval,
+                promise=promise,
+                suspect_after=suspect_after,
+                volumes="".join(f'[volume.{volume}]\nsize = "{size}"\n' for volume in volumes),
+                nodes=nodes,
+            )
+        )
+
+    @property
+    def nodes(self) -> tuple[Daemon, Daemon]:
+        return self.alpha, self.beta
+
+    def up(self) -> None:
+        """Both made, both running, mirroring, alpha primary."""
+        for node in self.nodes:
+            node.init()
+            node.start()
+        self.alpha.wait("connected")
+        self.alpha.promote()
+        self.synced()
+
+    def synced(self) -> None:
+        for node in self.nodes:
+            node.wait("synced")
+
+    def same_images(self) -> None:
+        for volume in self.volumes:
+            one, other = self.alpha.image(volume).read_bytes(), self.beta.image(volume).read_bytes()
+            different = [at for at in range(0, len(one), 4096) if one[at : at + 4096] != other[at : at + 4096]]
+            assert len(one) == len(other) == self.size
+            assert not different, f"{volume}: {len(different)} pieces differ, first at {different[0]}\n{self.logs()}"
+
+    def logs(self) -> str:
+        return self.alpha.log() + self.beta.log()
+
+    def end(self) -> None:
+        for node in self.nodes:
+            if node.process is not None:
+                node.kill()
