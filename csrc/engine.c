@@ -409,6 +409,7 @@ mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fa
         mp_volume *volume = &engine->volume[i];
         *volume = (mp_volume){.engine = engine, .index = i, .fd = volumes[i].fd, .size = volumes[i].size, .block = volumes[i].block, .unsynced = true};
         mp_flight_init(&volume->flight);
+        mp_flight_init(&volume->reading);
         mp_list_init(&volume->waiting);
         good = (volume->mend = mp_mend_new(volume)) != NULL && mp_journal_open(&volume->journal, volumes[i].meta_fd, volume->size, volume->block, fault) == MP_OK;
         if (good)
@@ -487,6 +488,8 @@ void mp_engine_close(mp_engine *engine)
     for (uint32_t i = 0; i < engine->volumes; i++) {
         mp_mend_drop_all(engine->volume[i].mend);
         mp_mend_free(engine->volume[i].mend);
+        if (engine->volume[i].journal_job) /* it ended with the pool, or never began: its result is of no use any more */
+            (void)mp_journal_finished(&engine->volume[i].journal, engine->volume[i].journal_job);
         mp_journal_close(&engine->volume[i].journal);
     }
     mp_slab_close(&engine->slab);

@@ -89,7 +89,8 @@ struct mp_volume {
     uint64_t size;
     uint32_t block;
     mp_journal journal;
-    mp_flight flight;
+    mp_flight flight;  /* writes, and blocks under resync */
+    mp_flight reading; /* reads in the pool: a write that came later must not be seen by them (W2) */
     mp_list waiting; /* in the order they came */
     bool look_again; /* something ended: a waiting request may be able to start */
     mp_job *journal_job; /* the one that runs */

@@ -1,7 +1,8 @@
 /* flight.h - which ranges of one volume are being written now, and which requests wait.
  *
  * Rules: W2, A6. Writes, trims, zeroes and blocks under resync hold their range until all members have them; a request
- * that overlaps one that holds, or one that waits in front of it, waits. Reads hold nothing: they only wait.
+ * that overlaps one that holds, or one that waits in front of it, waits. Reads only wait; but one that has to go to the
+ * disk stands in a flight of its own, for which the writes behind it wait.
  *
  * Contract: pure, no system calls, one thread. Ranges are [offset, offset + length) in bytes. A place is an index that
  * stays valid until it is left. The search is a walk through two dense arrays: 16 bytes per range, about 0.3 ns each, so

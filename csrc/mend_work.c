@@ -171,6 +171,27 @@ static void compare(mend_unit *u, mend_worker *w)
     u->out.meta = u->meta;
 }
 
+/* A run of adjacent blocks that are not all zero: their zero pieces become holes, or stay what they are (R8). */
+static bool store_run(mend_unit *u, mend_worker *w, uint64_t offset, const uint8_t *data, uint64_t length)
+{
+    for (uint64_t at = 0; at < length;) {
+        uint64_t begin = at;
+        bool zero = mp_is_zero(data + at, mp_min(MP_PIECE, length - at));
+        do
+            at += mp_min(MP_PIECE, length - at);
+        while (at < length && at - begin < MP_BLOCK_MAX && mp_is_zero(data + at, mp_min(MP_PIECE, length - at)) == zero);
+        if (!zero) {
+            if (!store_data(u, offset + begin, at - begin, data + begin))
+                return false;
+            continue;
+        }
+        u->error = mp_disk_read(u->mend->volume->fd, w->block, at - begin, offset + begin);
+        if (u->error || !store_zero(u, offset + begin, at - begin, w->block))
+            return false;
+    }
+    return true;
+}
+
 static void store(mend_unit *u, mend_worker *w)
 {
     mp_bulk bulk;
@@ -186,14 +207,14 @@ static void store(mend_unit *u, mend_worker *w)
                 return;
             continue;
         }
-        uint64_t run = 0; /* adjacent blocks with data are one write */
+        uint64_t run = 0;
         for (; i < mp_shape_blocks(&bulk.shape) && !mp_bit(bulk.zero, i); i++)
             run += mp_shape_block_length(&bulk.shape, i);
         if ((uint64_t)(end - from) < run) {
             u->garbage = "resync data is shorter than it says";
             return;
         }
-        if (!store_data(u, offset, run, from))
+        if (!store_run(u, w, offset, from, run))
             return;
         from += run;
     }

@@ -105,6 +105,11 @@ void mp_request_finished(mp_request *r)
     if (r->apply) {
         mp_link_applied(r);
     } else if (r->op == MP_OP_READ) {
+        if (r->holds) {
+            r->holds = false;
+            mp_flight_leave(&r->volume->reading, r->place);
+            mp_volume_look_again(r->volume);
+        }
         answer(r);
     } else {
         r->local_done = true;
@@ -229,9 +234,15 @@ static bool start(mp_request *r)
             return true;
         }
         r->error = 0;
+        if (mp_flight_full(&volume->reading))
+            return false;
+        r->place = mp_flight_enter(&volume->reading, r->at, r->part);
+        r->holds = true;
         mp_pool_submit(&r->engine->pool, &r->job);
         return true;
     }
+    if (mp_flight_overlaps(&volume->reading, r->at, r->part))
+        return false;
     if (!writable(r->engine) || mp_flight_full(&volume->flight) || !mp_journal_enter(&volume->journal, r->at, r->part))
         return false;
     hold(r);

@@ -365,7 +365,7 @@ void mp_clients_round(mp_engine *engine)
             send_answers(c);
         if (c->again && (room || c->outstanding < OUTSTANDING) && !c->closing)
             read_more(c);
-        if (c->answers.first && (now ? now : (now = mp_now_ns())) - c->moved_ns > STALLED)
+        if (c->answers.first && (now ? now : (now = mp_now_ns())) > c->moved_ns + STALLED)
             drop(c);
         if (over(c))
             forget(c);

@@ -46,7 +46,8 @@ Where the table is silent, this was chosen; each so that no acknowledged write i
   unless the newer one says discard.
 - Both primary: refuse (after split brain and unrelated, which say more).
 - Each is older than the other: the ids contradict each other: refuse.
-- discard counts only where nothing else helps. Where the side that says it would be the source: refuse.
+- discard counts only where nothing else helps, or where equal ids and equal fates leave the choice open. Where the side
+  that says it would be the source all the same: refuse.
 
 These rows hold for `sync`, where an acknowledged write is on both nodes while the ids are equal (G1-G3).
 """
@@ -283,6 +284,7 @@ _EQUAL_ROWS = (
         lambda s, t: s.crashed_primary and not t.crashed_primary,
         "both were off and only {s} crashed as primary",
     ),
+    _Row("discard", lambda s, t: t.discard and not s.discard, "{t} discards its data, {s} has the same generation"),
     _Row(
         "both-off",
         lambda s, t: s.crashed_primary and t.crashed_primary and s.node < t.node,

@@ -25,7 +25,7 @@ from mirrorpair.linux import loop_backing
 
 SYS_DEVICES = Path("/sys/dev/block")
 BY_PARTUUID = Path("/dev/disk/by-partuuid")
-MAX_ID = 512
+MAX_ID = 256
 
 # From the kernel's ABI (linux/stat.h), the same on every processor.
 _AT_EMPTY_PATH = 0x1000
@@ -47,7 +47,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """of a device: "dm-uuid:...", "partuuid:...", "wwn:...", "serial:...", "loop:..."; empty: it tells nothing"""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.inode < 2**64 and len(self.id) <= MAX_ID):
+        if not (0 <= self.inode < 2**64 and len(self.id) <= MAX_ID and self.id.isascii() and self.id.isprintable()):
             raise ValueError("an image's identity is out of range")
 
 
@@ -120,13 +120,15 @@ def _partition_uuid(number: int) -> str:
     with contextlib.suppress(OSError):
         for link in sorted(BY_PARTUUID.iterdir()):
             with contextlib.suppress(OSError):
-                if link.stat().st_rdev == number:
+                if link.name.isascii() and link.name.isprintable() and link.stat().st_rdev == number:
                     return link.name
     return ""
 
 
 def _line(file: Path) -> str:
+    """The file as one line of printable ASCII, without whatever is none; empty: there is no such file."""
     try:
-        return " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+        text = " ".join(file.read_text(encoding="ascii", errors="ignore").split())
     except OSError:
         return ""
+    return "".join(char for char in text if char.isprintable())

@@ -93,6 +93,9 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     """stopped cleanly: everything is durable, the log is empty. False while the daemon runs"""
     discard: bool = False
     """a person said that this side's data may be overwritten; until that has happened"""
+    distrusted: bool = False
+    """once `rolled_back` or `identity.difference` found something: until everything was copied here again. The epoch
+    and the identity that showed it are brought up to date meanwhile, and would hide it after a restart"""
     epoch: int = 0
     """the node's, when it last acquired or learned one"""
     incarnation: int = 0
@@ -259,7 +262,12 @@ def check_owner(
 
 def rolled_back(superblock: Superblock, node: NodeFile) -> str | None:
     """F15: why the superblock must be from an older copy than the node file, one sentence; None: nothing says so.
-    Whoever serves such a volume says `distrusted` in its `Side`."""
+    Whoever opens such a volume makes `distrusted` durable, and says it in its `Side`, before it writes a new epoch."""
+    if superblock.distrusted:
+        return (
+            f"volume {superblock.volume} was found with metadata of another or an older image, and not everything was "
+            "copied to it since"
+        )
     if superblock.epoch < node.epoch:
         return (
             f"the metadata of volume {superblock.volume} know epoch {superblock.epoch}, the node {node.epoch}: "
@@ -516,13 +524,13 @@ def _count_bits(path: str, superblock: Superblock) -> tuple[int, int]:
 
 
 def _names(*names: str) -> None:
-    if any(not 1 <= len(name) <= MAX_NAME or not name.isprintable() for name in names):
-        raise ValueError(f"a name is 1 to {MAX_NAME} printable characters")
+    if any(not name or not name.isprintable() or len(name.encode()) > MAX_NAME for name in names):
+        raise ValueError(f"a name is printable and has 1 to {MAX_NAME} bytes")
 
 
 def _uuids(*uuids: str) -> None:
-    if any(len(uuid) > MAX_UUID or not uuid.isprintable() for uuid in uuids):
-        raise ValueError(f"an id is at most {MAX_UUID} printable characters")
+    if any(not uuid.isascii() or not uuid.isprintable() or len(uuid) > MAX_UUID for uuid in uuids):
+        raise ValueError(f"an id is at most {MAX_UUID} printable ASCII characters")
 
 
 def _numbers(*numbers: int) -> None:

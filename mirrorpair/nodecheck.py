@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mirrorpair.config import Config, Node, Volume
     from mirrorpair.history import Ids
 
+_LOOKS = 3  # a daemon may be writing just what is being read
 _ASK_US = ": `mirrorpair meta check` says what can be saved"
 _NOT_FITTING = "the file itself is whole; nothing in it is used until this fits again"
 _DISTRUSTED = (
@@ -152,6 +153,10 @@ def _read(path: str, volume: str | None) -> Look:
     what: Literal["node", "volume"] = "node" if volume is None else "volume"
     try:
         found = check(path)
+        for _ in range(_LOOKS - 1):
+            if found.good:
+                break
+            found = check(path)
     except MirrorpairError as error:
         # Missing while others are there, or unreadable.
         file = FileCheck(

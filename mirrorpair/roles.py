@@ -356,8 +356,16 @@ def _caught_up(state: State, _event: Event, _now: int) -> Step:
 
 def _record_changed(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, RecordChanged)
+    # The peer's own swap comes here before its next heartbeat does.
+    theirs: RoleName | None = "primary" if event.primary == state.peer else "secondary"
     return _stay(
-        _set(state, epoch=event.epoch, primary=event.primary, in_sync=event.in_sync),
+        _set(
+            state,
+            epoch=event.epoch,
+            primary=event.primary,
+            in_sync=event.in_sync,
+            peer_role=theirs if state.peer_up else None,
+        ),
         f"the record says: {event.primary or 'nobody'} is primary of epoch {event.epoch}, "
         f"in sync: {', '.join(event.in_sync) or 'nobody'}",
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ERROR = 4
 PING, DIGESTS, ZEROS, BULK, DATA, MARKS, SYNC, WANT, SETTLED, SYNCED = range(16, 26)
+WRITE, ZERO, ACK, BARRIER, FLUSHED, BITS, BITS_END, MERGED, RESYNC_DONE = range(32, 41)
+FUA = 0x100  # flag of WRITE and ZERO, beside the volume's number
 WHOLE = 1  # flag of a data entry
 WANT_REFINE, WANT_EMPTY, WANT_WHOLE, WANT_ZERO = range(4)
 RECHECK = 1  # flag of DIGESTS
@@ -65,17 +67,19 @@ def encode(
     meta_length: int | None = None,
     payload_digest: bytes | None = None,
     magic: bytes = b"MPR1",
+    flags: int = 0,
+    epoch: int = 0,
 ) -> bytes:
     """One frame. The lengths and the digest may be made to lie; the header's checksum is always right."""
     fields = (
         magic,
         kind,
-        0,
+        flags,
         len(meta) + len(data) if length is None else length,
         len(meta) if meta_length is None else meta_length,
         sequence,
         session,
-        0,
+        epoch,
         offset,
         digest(session, meta, data) if payload_digest is None else payload_digest,
     )
@@ -150,6 +154,7 @@ class Peer:
     sock: socket.socket
     session: int
     sequence: int = 0
+    epoch: int = 0
     _input: bytes = b""
     _held: bytes = b""
 
@@ -170,6 +175,8 @@ class Peer:
         meta_length: int | None = None,
         payload_digest: bytes | None = None,
         magic: bytes = b"MPR1",
+        flags: int = 0,
+        epoch: int | None = None,
         hold: bool = False,
     ) -> None:
         """`skip` is added to this frame's sequence number alone; with `hold` it goes together with the next one."""
@@ -185,6 +192,8 @@ class Peer:
             meta_length=meta_length,
             payload_digest=payload_digest,
             magic=magic,
+            flags=flags,
+            epoch=self.epoch if epoch is None else epoch,
         )
         self.sequence += 1
         self._held += frame

@@ -9,7 +9,7 @@ import string
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mirrorpair import config as config_module
@@ -645,6 +645,7 @@ def said_about(*changes: tuple[str, object]) -> str:
     return ""
 
 
+@settings(deadline=None)
 @given(path=st.sampled_from(paths_of(SMALL)), value=VALUES)
 def test_whatever_stands_for_a_value_it_is_read_or_told_in_one_sentence(path: str, value: object) -> None:
     said = said_about((path, value))
@@ -654,6 +655,7 @@ def test_whatever_stands_for_a_value_it_is_read_or_told_in_one_sentence(path: st
         assert len(said) < 1000
 
 
+@settings(deadline=None)
 @given(path=st.sampled_from(["pair", "heartbeat", "resync", "volume/data", "node/alpha", "hooks"]), key=KEY_TEXT)
 def test_no_unknown_key_is_ever_ignored(path: str, key: str) -> None:
     known = {"pair": config_module._PAIR_KEYS, "heartbeat": config_module._HEARTBEAT_KEYS}.get(
@@ -663,17 +665,20 @@ def test_no_unknown_key_is_ever_ignored(path: str, key: str) -> None:
     assert "unknown key" in refused((f"{path}/{key}", 1))
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=300))
 def test_no_bytes_make_anything_but_a_config_error(content: bytes) -> None:
     with pytest.raises(ConfigError):
         parse(content, FILE)
 
 
+@settings(deadline=None)
 @given(missing=st.sampled_from([path for path in paths_of(SMALL) if path != "pair/arbiter"]))
 def test_every_value_of_the_smallest_file_is_needed(missing: str) -> None:
     assert missing.split("/")[0] in refused((missing, NO_VALUE))
 
 
+@settings(deadline=None)
 @given(
     size=st.integers(8, 2**31).map(lambda sectors: sectors * 512),
     block_size=st.sampled_from(["4KiB", "8KiB", "64KiB", "256KiB"]),
@@ -701,6 +706,7 @@ def test_what_is_written_is_what_is_read(
 PATHS = st.text(string.ascii_letters + "./ü ", min_size=1, max_size=30)
 
 
+@settings(deadline=None)
 @given(path=PATHS)
 def test_a_path_is_absolute_and_in_its_shortest_form(path: str) -> None:
     change = ("node/alpha/image/data", path)
@@ -711,6 +717,7 @@ def test_a_path_is_absolute_and_in_its_shortest_form(path: str) -> None:
     assert found == "/" + posixpath.normpath(posixpath.join(posixpath.dirname(FILE), path)).lstrip("/")
 
 
+@settings(deadline=None)
 @given(keys=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4))
 def test_a_key_path_is_always_one_harmless_line(keys: list[str]) -> None:
     assert dotted(keys).isprintable()

@@ -158,6 +158,8 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str, str | None, str]] = [
     ("G5 bits left", {}, {"dirty": True}, "bitmap", "beta", "left-over-bits"),
     ("bits on both", {"dirty": True}, {"dirty": True, "epoch": 2}, "bitmap", "beta", "left-over-bits"),
     ("bits on both alike", {"dirty": True}, {"dirty": True}, "bitmap", "alpha", "left-over-bits"),
+    ("bits left on one that discards", {}, {"dirty": True, "discard": True}, "bitmap", "alpha", "discard"),
+    ("a primary that discards", {"role": "primary", "discard": True}, {"dirty": True}, "refuse", None, "discard"),
     ("H1 a primary stays source", {"dirty": True}, {"role": "primary"}, "bitmap", "beta", "primary"),
     ("both primary", {"role": "primary"}, {"role": "primary"}, "refuse", None, "H1"),
     ("H1 inconsistent", {"disk": "inconsistent", "dirty": True}, {}, "bitmap", "beta", "H1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,7 +16,7 @@ from pairfile import read_pair, write_pair
 
 from mirrorpair.errors import UsageError
 from mirrorpair.history import Ids
-from mirrorpair.metadata import BITMAP_OFFSET, LOG_OFFSET, open_node, open_volume
+from mirrorpair.metadata import BITMAP_OFFSET, LOG_OFFSET, empty_record, open_node, open_volume
 from mirrorpair.newnode import make_node
 from mirrorpair.nodecheck import NodeCheck, NodeDump, checked, dumped, look_at
 
@@ -350,3 +351,33 @@ def test_common_options_work_on_every_level(pair: Path) -> None:
         done = run_cli(*words)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["good"] is True
+
+
+def test_a_daemon_that_writes_meanwhile_is_never_taken_for_damage(pair: Path) -> None:
+    """One thread writes as the daemon does, superblocks first and the node file last; this one looks."""
+    names = ("data.meta", "logs.meta", "node")
+    ended = threading.Event()
+
+    def write() -> None:
+        epoch = 0
+        with (
+            open_volume(str(meta(pair, names[0]))) as data,
+            open_volume(str(meta(pair, names[1]))) as logs,
+            open_node(str(meta(pair, names[2]))) as own,
+        ):
+            while not ended.is_set():
+                epoch += 1
+                for stored in (data, logs, own):
+                    stored.update(epoch=epoch)
+                place = epoch % 4
+                os.pwrite(data.fd, empty_record(epoch), LOG_OFFSET + 8192 * place)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(100):
+            result = look(pair)
+            assert result.good, [file.problems for file in result.files]
+    finally:
+        ended.set()
+        writer.join()

@@ -35,7 +35,7 @@ from mirrorpair.metadata import (
     rolled_back,
     volume_path,
 )
-from mirrorpair.twofold import COPY_BYTES
+from mirrorpair.twofold import COPY_BYTES, pack
 
 if TYPE_CHECKING:
     import random
@@ -56,7 +56,8 @@ def no_descriptor_leaks(open_descriptors: Callable[[], set[int]]) -> Iterator[No
 def superblock(**facts: Any) -> Superblock:
     given: dict[str, Any] = {"size": 100 * MIB + 512, "block_size": BLOCK}
     image = Identity(kind="file", inode=7, born_ns=5)
-    return Superblock(pair="shop", node="alpha", volume="data", identity=image, **(given | facts))
+    given |= {"pair": "shop", "node": "alpha", "volume": "data", "identity": image}
+    return Superblock(**(given | facts))
 
 
 def node_file(**facts: Any) -> NodeFile:
@@ -161,10 +162,11 @@ def test_the_longest_values_still_fit() -> None:
         boot_id="f" * 64,
     )
     name = '"' * 255  # each becomes two bytes
-    image = Identity(kind="device", inode=2**64 - 1, born_ns=2**63, id="x" * 512)
+    image = Identity(kind="device", inode=2**64 - 1, born_ns=2**63, id='"' * 256)
     biggest = msgspec.structs.replace(biggest, pair=name, node=name, volume=name, identity=image)
-    metadata.SUPERBLOCK.type.__post_init__(biggest)
-    assert len(msgspec.json.encode(biggest)) < 4096 - 40
+    assert pack(metadata.SUPERBLOCK, 0, biggest)
+    with pytest.raises(ValueError, match="a name is"):
+        superblock(boot_id="", node="\u20ac" * 86)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,7 @@ def test_f15_a_superblock_that_knows_less_than_its_node_is_from_an_older_copy() 
     assert rolled_back(superblock(epoch=6, pair_uuid="mine"), node) is None  # killed before the node file
     assert "epoch 4" in (rolled_back(superblock(epoch=4, pair_uuid="mine"), node) or "")
     assert "first met" in (rolled_back(superblock(epoch=5), node) or "")
+    assert "copied" in (rolled_back(superblock(epoch=5, pair_uuid="mine", distrusted=True), node) or "")
 
 
 # --- the activity log, as far as Python reads it
@@ -349,18 +352,9 @@ def test_a_record_in_the_wrong_place_or_cut_off_is_invalid() -> None:
     ],
 )
 def test_m7_the_record_that_counts(states: str, newest: int | None) -> None:
-    log = [
-        parse_record(
-            place,
-            bytes(LOG_RECORD_BYTES)
-            if state == "."
-            else b"x" * LOG_RECORD_BYTES
-            if state == "x"
-            else record(int(state), []),
-        )
-        for place, state in enumerate(states)
-    ]
-    found = newest_record(log)
+    special = {".": bytes(LOG_RECORD_BYTES), "x": b"x" * LOG_RECORD_BYTES}
+    content = [special[state] if state in special else record(int(state), []) for state in states]
+    found = newest_record([parse_record(place, data) for place, data in enumerate(content)])
     assert (found.sequence if found else None) == newest
 
 
@@ -419,18 +413,11 @@ def test_m7_a_lost_log_is_told(volume: str) -> None:
 def test_metadata_cut_off_anywhere_are_refused(volume: str, rng: random.Random) -> None:
     with open(volume, "rb") as file:
         whole = file.read()
-    ends = {
-        0,
-        1,
-        COPY_BYTES - 1,
-        COPY_BYTES,
-        2 * COPY_BYTES,
-        LOG_OFFSET + 1,
-        BITMAP_OFFSET - 1,
-        BITMAP_OFFSET,
-        len(whole) - 1,
-    }
-    for length in sorted(ends | {rng.randrange(len(whole)) for _ in range(100)}):
+    ends = {0, COPY_BYTES, LOG_OFFSET, LOG_OFFSET + LOG_RECORD_BYTES, BITMAP_OFFSET, len(whole)}
+    lengths = (
+        {end - 1 for end in ends} | {end + 1 for end in ends} | ends | {rng.randrange(len(whole)) for _ in range(60)}
+    )
+    for length in sorted(one for one in lengths if 0 <= one < len(whole)):
         os.truncate(volume, 0)
         overwrite(volume, whole[:length], 0)
         with pytest.raises(RefusedError):
@@ -443,18 +430,14 @@ def test_metadata_cut_off_anywhere_are_refused(volume: str, rng: random.Random) 
             assert "the generation ids are whole" in found.recoverable
 
 
-def test_whatever_a_file_holds_check_tells_it_and_opening_never_crashes(
-    volume: str, node: str, rng: random.Random
-) -> None:
+def test_whatever_a_file_holds_is_told_and_opening_never_crashes(volume: str, node: str, rng: random.Random) -> None:
     for path, opening in ((volume, open_volume), (node, open_node)):
         with open(path, "rb") as file:
             whole = file.read()
         for _ in range(150):
             data = bytearray(whole)
             for _ in range(rng.randrange(1, 4)):
-                at = rng.choice(
-                    [rng.randrange(len(data)), rng.randrange(min(len(data), 2 * COPY_BYTES)), rng.randrange(400)]
-                )
+                at = rng.randrange(rng.choice([len(data), min(len(data), 2 * COPY_BYTES), 400]))
                 data[at : at + rng.choice([1, 16, 512, 4096])] = rng.randbytes(rng.choice([0, 1, 16, 512]))
             os.truncate(path, 0)
             overwrite(path, bytes(data), 0)
@@ -464,9 +447,8 @@ def test_whatever_a_file_holds_check_tells_it_and_opening_never_crashes(
                 with opening(path) as stored:
                     assert found.usable
                     assert stored.value == found.value == check(path).value
-            except MirrorpairError as error:
+            except MirrorpairError:
                 assert not found.usable
-                assert "\n" not in str(error)
 
 
 def test_a_file_of_another_kind_is_not_taken_for_ours(volume: str, node: str) -> None:

@@ -82,7 +82,18 @@ class Daemon:
         assert self.process is None
         with (self.pair.folder / f"{self.name}.log").open("ab") as out:
             self.process = subprocess.Popen(
-                [*before, sys.executable, "-m", "mirrorpair", "-v", "-c", str(self.pair.config), "--node", self.name, "run"],
+                [
+                    *before,
+                    sys.executable,
+                    "-m",
+                    "mirrorpair",
+                    "-v",
+                    "-c",
+                    str(self.pair.config),
+                    "--node",
+                    self.name,
+                    "run",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -186,9 +197,7 @@ class Pair:
         self.alpha = Daemon(self, "alpha")
         self.beta = Daemon(self, "beta")
         nodes = "".join(
-            NODE.format(
-                name=name, images="\n".join(f'image.{volume} = "{name}-{volume}.img"' for volume in volumes)
-            )
+            NODE.format(name=name, images="\n".join(f'image.{volume} = "{name}-{volume}.img"' for volume in volumes))
             for name in ("alpha", "beta")
         )
         self.config.write_text(

@@ -1,0 +1,154 @@
+"""What a person or a script asks of the node, over its control socket.
+
+Rules:
+- One promotion or demotion at a time; its outcome is the answer that roles.py gives to it.
+- A promotion that our own promise forbids for now is not refused but waits for its end (A11), if data loss was
+  accepted.
+- A resync is asked for by making the data link anew without a back-off's wait (H3); it is under way, or known not to be
+  needed, when this returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING
+
+from mirrorpair.errors import (
+    PeerError,
+    PeerTimeoutError,
+    RefusedError,
+    UnreachableError,
+)
+from mirrorpair.linux import clock_boottime_ns
+from mirrorpair.nodecore import SERVING_S, Core
+from mirrorpair.rolewords import (
+    Answer,
+    Demote,
+    LinkLost,
+    Promote,
+)
+from mirrorpair.status import Event as LoggedEvent
+from mirrorpair.status import holds, hopeless
+
+if TYPE_CHECKING:
+    from mirrorpair.control import ResyncPlan
+    from mirrorpair.rolewords import Event
+    from mirrorpair.status import Condition, Status
+
+log = logging.getLogger("mirrorpair.node")
+
+
+class AdminSide:
+    """`admin.NodeApi`."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._one = asyncio.Lock()
+
+    async def status(self) -> Status:
+        return self._core.view.status()
+
+    async def events(self, since: int) -> list[LoggedEvent]:
+        return self._core.view.log.since(since)
+
+    async def promote(self, *, accept_data_loss: bool, force: bool) -> str:
+        async with self._one:
+            while True:
+                answer = await self._ask_roles(
+                    Promote(
+                        accept_data_loss=accept_data_loss,
+                        force=force,
+                        obstacle=self._core.open.obstacle(),
+                        bound_until_ns=self._core.peer_link.heart.promises.bound_until_ns,
+                    )
+                )
+                if answer.code == 0:
+                    break
+                if answer.retry_at_ns is None:
+                    raise RefusedError(answer.message)
+                log.info("%s", answer.message)
+                await asyncio.sleep(max(0.0, (answer.retry_at_ns - clock_boottime_ns()) / 1e9) + 0.001)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SERVING_S):
+                    await self.wait_for("primary")
+            return answer.message
+
+    async def demote(self) -> str:
+        async with self._one:
+            answer = await self._ask_roles(Demote())
+        if answer.code:
+            raise RefusedError(answer.message)
+        return answer.message
+
+    async def _ask_roles(self, event: Event) -> Answer:
+        self._core.answer = asyncio.get_running_loop().create_future()
+        self._core.post(event)
+        try:
+            return await self._core.answer
+        finally:
+            self._core.answer = None
+
+    async def plan_resync(self, volume: str | None, *, full: bool) -> list[ResyncPlan]:
+        names = (
+            [self._core.open.volume(volume).name] if volume is not None else [v.name for v in self._core.open.volumes]
+        )
+        if not self._core.peer_link.connected:
+            raise UnreachableError(f"{self._core.peer.name} is not connected: what a resync would do is not known")
+        if self._core.link is None and not self._core.decisions:
+            self._core.peer_link.hurry()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5.0):
+                    while not self._known():
+                        await self._core.change()
+        return self._core.view.plans(names, full=full)
+
+    def _known(self) -> bool:
+        """Whether the two nodes have come to a result: linked, or refused."""
+        return self._core.link is not None or self._core.refusal is not None
+
+    async def resync(self, volume: str | None, *, full: bool) -> str:
+        volumes = [self._core.open.volume(volume)] if volume is not None else self._core.open.volumes
+        if not self._core.peer_link.connected:
+            self._core.peer_link.hurry()
+            raise UnreachableError(f"{self._core.peer.name} is not connected")
+        if full:
+            for one in volumes:
+                self._core.engine.set_all_dirty(one.index)
+            if self._core.link is not None:
+                self._core.drop_link("a full compare was asked for")
+                self._core.step(LinkLost("the data link is made anew for a full compare"))
+        self._core.refusal = None
+        self._core.decisions = {}
+        self._core.slow_until = 0.0
+        self._core.peer_link.want_data()
+        self._core.peer_link.hurry()
+        try:
+            async with asyncio.timeout(SERVING_S):
+                while not self._known():
+                    await self._core.change()
+        except TimeoutError:
+            raise PeerTimeoutError(
+                f"no data link with {self._core.peer.name} yet: see the logs of both nodes"
+            ) from None
+        if self._core.link is None:
+            self._raise_refusal()
+        return self._core.view.resync_sentence()
+
+    def _raise_refusal(self) -> None:
+        refusal = self._core.refusal
+        if refusal is None:
+            return
+        if refusal.kind == "refused":
+            raise RefusedError(refusal.reason)
+        raise PeerError(refusal.reason, 20)
+
+    async def wait_for(self, condition: Condition, volume: str | None = None) -> None:
+        while True:
+            status = self._core.view.status()
+            if holds(status, condition, volume):
+                return
+            if (why := hopeless(status, condition)) is not None:
+                raise PeerError(why, 20)
+            await self._core.change()

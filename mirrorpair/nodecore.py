@@ -1,0 +1,493 @@
+"""The node's daemon: the only place where decision meets effect. It reads what happened, asks roles.py, and acts.
+
+    peer link, engine, control socket, timer  ->  inbox  ->  roles.step  ->  grant to the engine, then the actions
+
+Rules:
+- One event at a time: the inbox is a queue with one reader. What takes long (a swap, draining) runs beside it and comes
+  back as an event.
+- Durable first: an epoch, an in-sync set, a generation, `inconsistent` are on the disk before the event that says so is
+  in the inbox, hence before a grant or a frame can follow from it (A4, A1, G2, R1).
+- The grant is set after every step, from the state alone. A hung daemon loses it by itself where the peer could take
+  over (A10).
+- What an earlier end left open (crashed as primary, lost its boot) stays in the node file as it was until the data are
+  known to be equal, or this node has become primary: a second crash must not make it forget the first.
+- A step that did something is one line in the log: its sentence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import secrets
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from mirrorpair import roles
+from mirrorpair._core import NO_LIMIT, Engine
+from mirrorpair.arbiter import Incarnation, Register, Swap, Writer
+from mirrorpair.errors import (
+    MirrorpairError,
+    PeerError,
+    PeerTimeoutError,
+    UnreachableError,
+)
+from mirrorpair.history import MAX_ID
+from mirrorpair.linux import clock_boottime_ns
+from mirrorpair.liveness import Timing
+from mirrorpair.peermessages import (
+    Beat,
+    RelinkAsk,
+    SwapAsk,
+    SyncedAsk,
+    to_hex,
+)
+from mirrorpair.peersocket import Backoff
+from mirrorpair.rolewords import (
+    Answer,
+    CaughtUp,
+    Drain,
+    Drained,
+    DropLink,
+    GenerationBegan,
+    HangUp,
+    LinkLost,
+    RecordChanged,
+    State,
+    Swapped,
+    Synced,
+    Tick,
+)
+from mirrorpair.text import printable
+from mirrorpair.volumes import OpenNode, OpenVolume, finish_source
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any
+
+    from mirrorpair.arbiter.lone import LoneRegister
+    from mirrorpair.config import Config
+    from mirrorpair.datalink import Made
+    from mirrorpair.history import Decision
+    from mirrorpair.nodeview import NodeView
+    from mirrorpair.peerlink import PeerLink
+    from mirrorpair.rolewords import Action, Event, RoleName
+    from mirrorpair.rolewords import Swap as SwapAction
+    from mirrorpair.status import Refusal
+
+LINK_TIMEOUT_S = 6.0  # F8: a secondary whose disk hangs leaves the set
+SWAP_S = 2.0
+SWAP_ATTEMPTS = 5
+SYNCED_S = 30.0
+DRAIN_S = 30.0
+LEAVE_S = 10.0
+SLOW_CODE = 13
+SLOW_S = (1.0, 60.0)  # a peer that was too slow is left alone for so long, growing
+SERVING_S = 15.0
+WATCH_S = 0.05
+
+log = logging.getLogger("mirrorpair.node")
+
+
+class Link:
+    """The data link that the engine has."""
+
+    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int]) -> None:
+        self.session = session
+        self.source = source
+        self.made = made
+        self.open_volumes = open_volumes
+        """indexes of volumes whose resync has not ended"""
+        self.since = time.monotonic()
+
+
+class Core:
+    """The state of one node and what it does about events. The other parts of the node are given it."""
+
+    open: OpenNode
+    register: LoneRegister
+    engine: Engine
+    view: NodeView
+    peer_link: PeerLink
+
+    def __init__(self, config: Config, name: str) -> None:
+        self.config = config
+        self.name = name
+        self.me = config.node(name)
+        self.peer = config.peer_of(name)
+        beat = config.heartbeat
+        self.timing = Timing(
+            interval_ns=round(beat.interval * 1e9),
+            promise_ns=round(beat.promise * 1e9),
+            suspect_after=beat.suspect_after,
+        )
+        self.state = State(
+            me=name,
+            peer=self.peer.name,
+            survivor=config.survivor,
+            suspect_ns=self.timing.suspect_ns,
+            retry_ns=self.timing.interval_ns,
+        )
+        self.link: Link | None = None
+        self.refusal: Refusal | None = None
+        self.decisions: dict[str, Decision] = {}
+        self.peer_beat: Beat | None = None
+        self.survivor_flag = False
+        """its peer was lost as a connected primary (F18)"""
+        self._peer_boot: str | None = None
+        """the peer's boot in the last data link"""
+        self.process = secrets.token_hex(8)
+        self._slow = Backoff(SLOW_S, random.Random())
+        self.slow_until = 0.0
+        self._inbox: asyncio.Queue[Event | Callable[[], Awaitable[None]]] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._disk = asyncio.Lock()
+        self._swapping = asyncio.Lock()
+        self._objected = ""
+        """why the peer did not consent to the last swap"""
+        self._tokens: dict[int, asyncio.Future[int]] = {}
+        self._clients_closed = asyncio.Event()
+        self.drained = asyncio.Event()
+        self.quiet = False
+        self.answer: asyncio.Future[Answer] | None = None
+        self._admin = asyncio.Lock()
+        self.changed = asyncio.Event()
+        self._granted: tuple[int, int, int] | None = None
+        self.facts_version = 0
+        self._ticking: asyncio.TimerHandle | None = None
+        self.stopping: asyncio.Event = asyncio.Event()
+        self.failed = asyncio.Event()
+        """an internal error, or metadata that cannot be written: the daemon must end, as by kill"""
+
+    @property
+    def settled(self) -> bool:
+        return not (self.state.crashed or self.state.boot_lost)
+
+    def incarnation(self) -> Incarnation:
+        return Incarnation(id=self.open.value.incarnation_id, n=self.open.value.incarnation)
+
+    # --- the inbox: one event at a time
+
+    def post(self, event: Event | Callable[[], Awaitable[None]]) -> None:
+        self._inbox.put_nowait(event)
+
+    async def work(self) -> None:
+        while True:
+            item = await self._inbox.get()
+            if callable(item):
+                await item()
+            else:
+                self.step(item)
+
+    def step(self, event: Event) -> None:
+        if self.quiet and not isinstance(event, RecordChanged):
+            return
+        before = self.state
+        state, actions, sentence = roles.step(before, event, clock_boottime_ns())
+        self.state = state
+        if (state.role, state.phase, state.epoch, state.in_sync, state.linked) != (
+            before.role,
+            before.phase,
+            before.epoch,
+            before.in_sync,
+            before.linked,
+        ) or actions:
+            self.facts_version += 1
+            log.info("%s", sentence)
+            self.view.stepped(before, state, sentence)
+        else:
+            log.debug("%s", sentence)
+        self.renew_grant()
+        self._arm()
+        for action in actions:
+            self._do(action)
+        self.changed.set()
+
+    def renew_grant(self) -> None:
+        mode = int(roles.mode_of(self.state))
+        until = self.peer_link.heart.beats.valid_until_ns if roles.bounded(self.state) else NO_LIMIT
+        grant = (self.state.epoch, until, mode)
+        if grant != self._granted:
+            self._granted = grant
+            self.engine.set_grant(*grant)
+
+    def _arm(self) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+        if self.state.deadline_ns is not None:
+            wait = max(0.0, (self.state.deadline_ns - clock_boottime_ns()) / 1e9)
+            self._ticking = asyncio.get_running_loop().call_later(wait + 0.001, self.post, Tick())
+
+    # --- actions
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, Answer):
+            if self.answer is not None and not self.answer.done():
+                self.answer.set_result(action)
+        elif isinstance(action, HangUp):
+            self.engine.close_clients(graceful=False)
+        elif isinstance(action, DropLink):
+            self.drop_link(action.why)
+        elif isinstance(action, Drain):
+            self.drained.clear()
+            self.spawn(self._drain())
+        else:
+            self.spawn(self._swap(action))
+
+    def drop_link(self, why: str) -> None:
+        """Also at the peer, whose engine would call it a loss."""
+        had, self.link = self.link, None
+        if had is not None:
+            self.engine.detach_link()
+            log.info("data link with %s ended: %s", self.peer.name, why)
+        if self.peer_link.connected and not self.state.peer_left and not self.stopping.is_set():
+            if had is not None:
+                self.spawn(self._tell_relink(why))
+            self.peer_link.want_data()
+
+    async def _tell_relink(self, why: str) -> None:
+        with contextlib.suppress(MirrorpairError):
+            await self.peer_link.ask(RelinkAsk(why=printable(why, 500)))
+
+    async def _drain(self) -> None:
+        self._clients_closed.clear()
+        self.engine.close_clients(graceful=True)
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await self._clients_closed.wait()
+        except TimeoutError:
+            log.warning("clients did not end within %g s: they are hung up on", DRAIN_S)
+            self.engine.close_clients(graceful=False)
+        error = await self.token(self.engine.barrier, DRAIN_S)
+        if error:
+            log.error("the last writes could not be made durable on both nodes: %s", os.strerror(error))
+        self.drained.set()
+        self.post(Drained())
+
+    async def _swap(self, action: SwapAction) -> None:
+        """The register first at the peer, then here; around it the node file (A13, A4)."""
+        try:
+            async with self._swapping:
+                await self.durable(lambda: self.open.raise_epoch_floor(action.epoch))
+                result = await self._swap_once(action)
+                for _ in range(SWAP_ATTEMPTS - 1):
+                    # The other node swapped at the same moment, about something else; or it refuses, with a reason.
+                    if result is not Swap.CONFLICT or self._objected or not self._still_right(action):
+                        break
+                    await asyncio.sleep(random.uniform(0.01, 0.05))
+                    result = await self._swap_once(action)
+        except MirrorpairError as error:
+            self.post(Swapped(action, False, str(error)))
+            return
+        why = {
+            Swap.OK: "",
+            Swap.CONFLICT: self._objected or f"{self.peer.name} changed the roles at this moment",
+            Swap.UNKNOWN: f"{self.peer.name} did not answer",
+        }[result]
+        self.post(Swapped(action, result is Swap.OK, why))
+
+    def _still_right(self, action: SwapAction) -> bool:
+        """Whether a swap that met a conflict may be tried again: it takes a new epoch, or is about the present one."""
+        record = self.register.copy.register
+        if action.purpose in ("promote", "readopt"):
+            return record.epoch < action.epoch
+        return record.epoch == action.epoch and record.primary in (action.primary, self.name)
+
+    async def _swap_once(self, action: SwapAction) -> Swap:
+        version, old = self.register.copy.version, self.register.copy.register
+        new = Register(
+            pair_uuid=self.open.value.pair_uuid or old.pair_uuid,
+            epoch=action.epoch,
+            primary=action.primary,
+            in_sync=action.in_sync,
+            members={**old.members, self.name: self.incarnation()},
+            mode=self.config.mode,
+            writer=Writer(node=self.name, nonce=secrets.randbits(48)),
+        )
+        self._objected = ""
+        result = await self.register.cas(version, new)
+        if result is Swap.OK:
+            role: RoleName = "primary" if action.primary == self.name else "secondary"
+            settled = action.purpose in ("promote", "readopt") or self.settled
+            await self.durable(
+                lambda: self.open.learned(epoch=action.epoch, version=version + 1, role=role, settled=settled)
+            )
+        return result
+
+    async def ask_swap(self, version: int, new: Register) -> Swap:
+        try:
+            said = await self.peer_link.ask(SwapAsk(version=version, register=new), SWAP_S)
+        except PeerError as error:
+            self._objected = str(error)
+            return Swap.CONFLICT
+        except (UnreachableError, PeerTimeoutError):
+            return Swap.UNKNOWN
+        return Swap.OK if said == "ok" else Swap.CONFLICT
+
+    # --- what the engine says
+
+    def engine_events(self) -> None:
+        for kind, a, b, text in self.engine.take_events():
+            handler = self._ENGINE.get(kind)
+            if handler is not None:
+                handler(self, a, b, text)
+        self.changed.set()
+
+    def _link_lost(self, session: int, code: int, text: str) -> None:
+        link = self.link
+        if link is None or link.session != session:
+            return
+        self.link = None
+        log.warning("data link with %s lost: %s", self.peer.name, text)
+        if time.monotonic() - link.since > SLOW_S[1]:
+            self._slow.reset()
+        if code == SLOW_CODE:
+            self.slow_until = time.monotonic() + self._slow.delay()
+        if self.state.peer_role == "primary" and not self.state.peer_left:
+            self.survivor_flag = True
+        self.post(LinkLost(f"data link with {self.peer.name} lost: {text}"))
+        self.peer_link.want_data()
+
+    def _need_generation(self, _a: int, _b: int, _text: str) -> None:
+        self.spawn(self._begin_generation())
+
+    async def _begin_generation(self) -> None:
+        try:
+            await self.durable(lambda: self.open.began_alone(new_id))
+        except MirrorpairError as error:
+            log.error("no write is answered alone: %s", error)
+            return
+        self.post(GenerationBegan())
+
+    def _resync_done(self, index: int, _b: int, _text: str) -> None:
+        link = self.link
+        if link is not None and link.source:
+            self.spawn(self._finish_resync(link, self.open.volumes[index]))
+
+    async def _finish_resync(self, link: Link, volume: OpenVolume) -> None:
+        """G4, at the source: the target makes our ids its own and says so, then our bitmap id may go."""
+        ids = volume.block.ids
+        ask = SyncedAsk(
+            session=to_hex(link.session),
+            volume=volume.name,
+            current=to_hex(ids.current),
+            history=[to_hex(one) for one in (ids.bitmap, *ids.history) if one][:32],
+        )
+        try:
+            await self.peer_link.ask(ask, SYNCED_S)
+            if self.link is not link:
+                return
+            await self.durable(lambda: finish_source(volume))
+        except MirrorpairError as error:
+            log.warning("volume %s: the end of its resync is not known to both: %s", volume.name, error)
+            if self.link is link:
+                self.drop_link("the end of a resync is not known to both")
+                self.post(LinkLost("the end of a resync is not known to both nodes"))
+            return
+        self.view.event("resync", f"{self.peer.name} has everything of {volume.name}", volume=volume.name)
+        self.volume_equal(link, volume.index)
+
+    def volume_equal(self, link: Link, index: int) -> None:
+        link.open_volumes.discard(index)
+        if self.link is link and not link.open_volumes:
+            self.all_equal(link)
+
+    def all_equal(self, link: Link) -> None:
+        """Nothing differs any more: what was left open by an earlier end is settled."""
+        self.survivor_flag = False
+        was_settled = self.settled
+
+        async def settle() -> None:
+            if self.link is not link:
+                return
+            if not was_settled:
+                await self.durable(lambda: self.open.settled(self.state.role))
+            self.step(CaughtUp())
+            if link.source:
+                self.step(Synced())
+
+        self.post(settle)
+
+    def _disk_error(self, index: int, number: int, text: str) -> None:
+        volume = self.open.volumes[index]
+        log.error("volume %s: %s: %s", volume.name, text, os.strerror(number))
+        if volume.failed is None:
+            volume.failed = f"{text}: {os.strerror(number)}"
+            self.view.event("disk", volume.failed, volume=volume.name, new="failed")
+
+    def _clients_gone(self, _a: int, _b: int, _text: str) -> None:
+        self._clients_closed.set()
+
+    def _token_done(self, token: int, error: int, _text: str) -> None:
+        future = self._tokens.pop(token, None)
+        if future is not None and not future.done():
+            future.set_result(error)
+
+    def _noted(self, _a: int, _b: int, _text: str) -> None:
+        """Only the status changes."""
+
+    _ENGINE: ClassVar[dict[str, Callable[[Core, int, int, str], None]]] = {
+        "link-lost": _link_lost,
+        "need-generation": _need_generation,
+        "clients-closed": _clients_gone,
+        "client": _noted,
+        "disk-error": _disk_error,
+        "journal-error": _disk_error,
+        "bits-merged": _noted,
+        "resync-done": _resync_done,
+        "flushed": _token_done,
+        "saved": _token_done,
+    }
+
+    async def token(self, ask: Callable[[int], None], timeout: float) -> int:
+        """0, or the errno with which it ended."""
+        token = secrets.randbits(48)
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._tokens[token] = future
+        ask(token)
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            return 110  # ETIMEDOUT
+        finally:
+            self._tokens.pop(token, None)
+
+    # --- small things
+
+    async def change(self) -> None:
+        """Something may be different; at the latest after a moment, since the engine's counters tell nobody."""
+        self.changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(WATCH_S):
+                await self.changed.wait()
+
+    async def durable(self, write: Callable[[], object]) -> None:
+        async with self._disk:
+            await asyncio.to_thread(write)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("the daemon has to end", exc_info=error)
+            self.failed.set()
+
+    async def end_tasks(self) -> None:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._ticking is not None:
+            self._ticking.cancel()
+
+
+def new_id() -> int:
+    return secrets.randbelow(MAX_ID) + 1
