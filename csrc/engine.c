@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #define TICK ((uint64_t)100 * 1000000)
+#define IDLE_TICK ((uint64_t)1000 * 1000000) /* nothing is in hand: time-outs of the link only */
 #define IO_THREADS 4u
 #define MEND_THREADS 2u
 
@@ -216,6 +217,7 @@ static void save_synced(mp_engine *engine)
 
 static void obey(mp_engine *engine, mp_command *command)
 {
+    mp_engine_hurry(engine);
     switch (command->kind) {
     case MP_COMMAND_GRANT:
         set_grant(engine, &command->grant);
@@ -248,6 +250,7 @@ static void obey(mp_engine *engine, mp_command *command)
         break;
     case MP_COMMAND_ALL_DIRTY:
         mp_journal_set(&engine->volume[command->volume].journal, 0, engine->volume[command->volume].size);
+        (void)mp_journal_flush(&engine->volume[command->volume].journal);
         break;
     case MP_COMMAND_STOP:
         mp_loop_stop(&engine->loop);
@@ -365,9 +368,31 @@ static void on_round(void *argument)
     }
 }
 
+static bool idle(const mp_engine *engine)
+{
+    bool busy = engine->requests_busy || engine->held_first || engine->barrier.running || engine->saving || engine->attach;
+    for (uint32_t i = 0; i < engine->volumes && !busy; i++) {
+        mp_volume_status status = {0};
+        mp_mend_status(&engine->volume[i], &status);
+        busy = status.resync_active || mp_journal_has_unflushed(&engine->volume[i].journal) || engine->volume[i].journal_job;
+    }
+    return !busy;
+}
+
+void mp_engine_hurry(mp_engine *engine)
+{
+    if (engine->loop.tick_ns == TICK)
+        return;
+    engine->loop.tick_ns = TICK;
+    engine->loop.next_tick_ns = mp_min(engine->loop.next_tick_ns, mp_now_ns() + TICK);
+}
+
 static void on_tick(void *argument, uint64_t now_ns)
 {
     mp_engine *engine = argument;
+    uint64_t patience = engine->link.up ? engine->link.timeout_ns / 8 : IDLE_TICK;
+    engine->loop.tick_ns = idle(engine) ? mp_max(TICK, mp_min(patience, IDLE_TICK)) : TICK;
+    engine->loop.next_tick_ns = now_ns + engine->loop.tick_ns;
     mp_link_tick(engine, now_ns);
     mp_barrier_tick(engine, now_ns);
     all_look_again(engine); /* a grant may have run out, or be there again */

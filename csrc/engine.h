@@ -268,6 +268,7 @@ void mp_event_post(mp_engine *engine, mp_event_kind kind, uint64_t a, int64_t b,
 bool mp_grant_holds(const mp_engine *engine, uint64_t boot_ns);
 uint64_t mp_boot_ns(void);
 void mp_volume_look_again(mp_volume *volume);
+void mp_engine_hurry(mp_engine *engine); /* something begins: the tick of an idle engine is too slow for it */
 
 /* --- request.c --- */
 mp_request *mp_request_new(mp_engine *engine); /* NULL: none free; `starved` is set */

@@ -37,7 +37,8 @@ mp_request *mp_request_new(mp_engine *engine)
         engine->starved = true;
         return NULL;
     }
-    engine->requests_busy++;
+    if (!engine->requests_busy++)
+        mp_engine_hurry(engine);
     uint64_t tag = (r->tag + TAG_INDEX + 1) & 0xffffffffu;
     *r = (mp_request){.engine = engine, .tag = tag, .job.run = mp_request_run};
     return r;

@@ -280,14 +280,14 @@ class Core:
                     await asyncio.sleep(random.uniform(0.01, 0.05))
                     result = await self._swap_once(action)
         except MirrorpairError as error:
-            self.post(Swapped(action, False, str(error)))
+            self.post(Swapped(action, False, str(error), unknown=True))
             return
         why = {
             Swap.OK: "",
             Swap.CONFLICT: self._objected or f"{self.peer.name} changed the roles at this moment",
             Swap.UNKNOWN: f"{self.peer.name} did not answer",
         }[result]
-        self.post(Swapped(action, result is Swap.OK, why))
+        self.post(Swapped(action, result is Swap.OK, why, unknown=result is Swap.UNKNOWN))
 
     def _still_right(self, action: SwapAction) -> bool:
         """Whether a swap that met a conflict may be tried again: it takes a new epoch, or is about the present one."""
@@ -313,7 +313,9 @@ class Core:
             role: RoleName = "primary" if action.primary == self.name else "secondary"
             settled = action.purpose in ("promote", "readopt") or self.settled
             await self.durable(
-                lambda: self.open.learned(epoch=action.epoch, version=version + 1, role=role, settled=settled)
+                lambda: self.open.learned(
+                    epoch=action.epoch, version=self.register.copy.version, role=role, settled=settled
+                )
             )
         return result
 
@@ -323,7 +325,12 @@ class Core:
         except PeerError as error:
             self._objected = str(error)
             return Swap.CONFLICT
-        except (UnreachableError, PeerTimeoutError):
+        except UnreachableError:
+            return Swap.UNKNOWN
+        except PeerTimeoutError as error:
+            # The records may differ now: they have to meet before the next swap.
+            if self.peer_link.control is not None:
+                self.peer_link.control.hang_up(str(error))
             return Swap.UNKNOWN
         return Swap.OK if said == "ok" else Swap.CONFLICT
 

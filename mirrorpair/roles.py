@@ -9,7 +9,9 @@ The table `TABLE` has a handler for every phase and every kind of event; what is
                 --deadline, survivor = "secondary"-->  FROZEN: only the peer may go on alone
 
 Rules:
+- A0 After a swap of which nothing is known the safer of both outcomes is assumed, until a later one is ok.
 - A1 No answer without the peer before the swap that takes it out of `in_sync` is ok: WAITING and SHRINKING hold writes.
+- A2 A joining peer is required from before the swap that takes it in, whatever becomes of that.
 - A3 Only a member of `in_sync`, with usable disks, becomes primary; a person may override what would lose data
   (`accept_data_loss`), never what would serve garbage.
 - A4 Every acquisition raises the epoch, also after a restart. Who lost its boot without a clean stop does not take the
@@ -99,7 +101,8 @@ def step(state: State, event: Event, now: int) -> Step:
     """The next state, what to do, and one sentence that says what was done and why."""
     if isinstance(event, Swapped) and event.ok:
         swap = event.swap
-        state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync)
+        # A0: whatever was unknown before, this one came after it.
+        state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding=False)
     handler = TABLE.get((state.phase, type(event)))
     if handler is None:
         return Step(state, (), _nothing(state))
@@ -135,7 +138,7 @@ def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str)
 
 def _lose_link(state: State, now: int, why: str) -> Step:
     """The primary has no peer to send to. Who is not in the set is not waited for."""
-    state = _set(state, linked=False)
+    state = _set(state, linked=False, equal=False)
     if not state.peer_in_sync:
         return _alone(state, f"{why}; {state.peer} is not in sync, so {state.me} goes on alone")
     if state.peer_left:
@@ -279,7 +282,7 @@ def _peer_down(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, PeerDown)
     was = state.linked
     drop = (DropLink(event.why),) if was else ()
-    return Step(_set(_forget_peer(state, event), linked=False), drop, event.why)
+    return Step(_set(_forget_peer(state, event), linked=False, equal=False), drop, event.why)
 
 
 def _primary_loses_peer(state: State, event: Event, now: int) -> Step:
@@ -297,9 +300,9 @@ def _peer_left(state: State, _event: Event, now: int) -> Step:
     state = _set(state, peer_left=True, peer_role="secondary")
     why = f"{state.peer} stops gracefully"
     if state.phase not in PRIMARY:
-        return Step(_set(state, linked=False), (DropLink(why),), why)
+        return Step(_set(state, linked=False, equal=False), (DropLink(why),), why)
     if state.phase in (Phase.ALONE, Phase.SHRINKING):
-        return Step(_set(state, linked=False), (DropLink(why),), why)
+        return Step(_set(state, linked=False, equal=False), (DropLink(why),), why)
     lost = _lose_link(state, now, why)
     return Step(lost.state, (DropLink(why), *lost.actions), lost.sentence)
 
@@ -319,7 +322,7 @@ def _shrinking_link_up(state: State, _event: Event, _now: int) -> Step:
 
 def _link_lost(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, LinkLost)
-    return _stay(_set(state, linked=False), event.why)
+    return _stay(_set(state, linked=False, equal=False), event.why)
 
 
 def _primary_link_lost(state: State, event: Event, now: int) -> Step:
@@ -342,12 +345,23 @@ def _waited(state: State, _event: Event, now: int) -> Step:
 
 
 def _synced(state: State, _event: Event, _now: int) -> Step:
-    state = _set(state, crashed=False, boot_lost=False)
+    return _expand(_set(state, crashed=False, boot_lost=False, equal=True))
+
+
+def _expand(state: State) -> Step:
+    """Takes a linked, equal peer into the set, if this is the time for it."""
     both = tuple(sorted((state.me, state.peer)))
-    if tuple(sorted(state.in_sync)) == both:
+    if not state.equal or state.in_sync == both or state.phase not in (Phase.SECONDARY, Phase.PAIRED):
         return _stay(state)
     swap = Swap("expand", state.epoch, state.primary, both)
-    return Step(state, (swap,), f"{state.peer} has everything: it enters the in-sync set")
+    changed = _set(state, expanding=True, deadline_ns=None)
+    return Step(changed, (swap,), f"{state.peer} has everything: it enters the in-sync set")
+
+
+def _expand_again(state: State, _event: Event, now: int) -> Step:
+    if state.deadline_ns is None or now < state.deadline_ns:
+        return _stay(state)
+    return _expand(_set(state, deadline_ns=None))
 
 
 def _caught_up(state: State, _event: Event, _now: int) -> Step:
@@ -453,6 +467,8 @@ def _busy(state: State, _event: Event, _now: int) -> Step:
 
 def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Swapped)
+    if event.swap.purpose not in ("promote", "readopt"):
+        return _swapped(state, event, now)  # of one that was asked for before
     answered = state.answering
     state = _set(state, answering=False)
     if not event.ok:
@@ -466,7 +482,7 @@ def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
     answer: tuple[Action, ...] = (Answer(0, message),) if answered else ()
     if state.peer_up:
         # A new session, in which this end is the source.
-        waiting = _set(state, phase=Phase.WAITING, linked=False, deadline_ns=now + state.suspect_ns)
+        waiting = _set(state, phase=Phase.WAITING, linked=False, equal=False, deadline_ns=now + state.suspect_ns)
         return Step(waiting, (*answer, DropLink("the roles changed")), message)
     alone = _alone(state, message) if not state.peer_in_sync else _lose_link(state, now, message)
     return Step(alone.state, (*answer, *alone.actions), alone.sentence)
@@ -486,16 +502,22 @@ def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
     state = _set(state, answering=False)
     if state.linked:
         linked = _paired(state, f"{state.peer} is out of the set and linked: it enters again when it has everything")
-        return Step(linked.state, answer, linked.sentence)
+        again = _expand(linked.state)
+        return Step(again.state, (*answer, *again.actions), linked.sentence)
     alone = _alone(state, message)
     return Step(alone.state, answer, alone.sentence)
 
 
-def _swapped(state: State, event: Event, _now: int) -> Step:
+def _swapped(state: State, event: Event, now: int) -> Step:
     """Of an expand, or of a release."""
     assert isinstance(event, Swapped)
+    if event.swap.purpose == "expand" and not event.ok:
+        changed = _set(state, expanding=state.expanding and event.unknown)
+        if changed.linked and changed.equal and changed.deadline_ns is None:
+            changed = _set(changed, deadline_ns=now + state.retry_ns)
+        return _stay(changed, f"{state.peer} is not known to be in the set: {event.why}")
     if event.swap.purpose != "release":
-        return _stay(state, f"the in-sync set is {', '.join(state.in_sync)}" if event.ok else event.why)
+        return _stay(state, f"the in-sync set is {', '.join(state.in_sync)}")
     answered = state.answering
     if not event.ok:
         message = f"{state.me} stays primary: {event.why}"
@@ -506,7 +528,14 @@ def _swapped(state: State, event: Event, _now: int) -> Step:
         )
     message = f"{state.me} is secondary: it gave the role up in epoch {state.epoch}"
     changed = _set(
-        state, phase=Phase.SECONDARY, releasing=False, draining=False, answering=False, deadline_ns=None, linked=False
+        state,
+        phase=Phase.SECONDARY,
+        releasing=False,
+        draining=False,
+        answering=False,
+        deadline_ns=None,
+        linked=False,
+        equal=False,
     )
     return Step(changed, (*((Answer(0, message),) if answered else ()), DropLink("the roles changed")), message)
 
@@ -581,7 +610,8 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(only(Phase.PAIRED), LinkLost, _primary_link_lost)
     put(only(Phase.WAITING), Tick, _waited)
     put(only(Phase.RETURNING), Tick, _returning_waited)
-    put(only(Phase.SECONDARY, Phase.PAIRED), Synced, _synced)
+    put(every, Synced, _synced)
+    put(only(Phase.SECONDARY, Phase.PAIRED), Tick, _expand_again)
     put(every, CaughtUp, _caught_up)
     put(only(Phase.SECONDARY, Phase.ACQUIRING), RecordChanged, _record_changed)
     put(only(Phase.RETURNING), RecordChanged, _returning_record_changed)

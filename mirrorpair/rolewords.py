@@ -68,6 +68,10 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     boot_lost: bool = False
     alone_began: bool = False
     """the new generation is durable (G2)"""
+    equal: bool = False
+    """the linked peer has everything (told at the link's source end)"""
+    expanding: bool = False
+    """a swap that takes the peer into the set may have happened: until it is known the peer is required (A2)"""
     draining: bool = False
     releasing: bool = False
     stopping: bool = False
@@ -80,12 +84,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peer_in_sync(self) -> bool:
-        return self.peer in self.in_sync
+        return self.expanding or self.peer in self.in_sync
 
     @property
     def sole(self) -> bool:
         """This node is the only one that has every acknowledged write."""
-        return self.in_sync == (self.me,)
+        return self.in_sync == (self.me,) and not self.expanding
 
 
 class Swap(msgspec.Struct, frozen=True):
@@ -162,11 +166,12 @@ class RecordChanged(msgspec.Struct, frozen=True):
 
 
 class Swapped(msgspec.Struct, frozen=True):
-    """The outcome of an action Swap. `ok`: the register is what `swap` asked for, durably."""
+    """The outcome of an action Swap. `ok`: the register is what `swap` asked for, durably; `unknown`: it may be (A0)."""
 
     swap: Swap
     ok: bool
     why: str = ""
+    unknown: bool = False
 
 
 class Promote(msgspec.Struct, frozen=True):

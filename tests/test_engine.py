@@ -320,13 +320,39 @@ def test_a17_a_held_write_is_sent_again_on_the_next_link(pair: tuple[Node, Node]
     assert a.dirty() == 0
 
 
-def test_w7_what_the_peer_did_not_confirm_as_flushed_is_dirty_when_the_link_goes(pair: tuple[Node, Node]) -> None:
-    a, b = pair
-    client = Client(a)
-    client.write(0, b"flushed")
-    assert client.call(FLUSH) == (0, b"")
-    client.write(5 * BLOCK - 1, b"not flushed")
-    b.engine.detach_link()
+def attach_source(node: Node, timeout: float = 20.0) -> frames.Peer:
+    """The node as source, the target by hand; in sync."""
+    near, far = socket.socketpair()
+    with near:
+        channel = _core.Channel(near.fileno(), near.fileno(), 9)
+        node.engine.attach_link(channel, epoch=1, source=True, plans=[_core.PLAN_NONE], timeout=timeout)
+    node.sockets.append(far)
+    peer = frames.Peer(far, 9, epoch=1)
+    peer.send(frames.BITS_END)
+    peer.expect(frames.MERGED)
+    peer.expect(frames.RESYNC_DONE)
+    return peer
+
+
+def test_w7_what_the_peer_did_not_confirm_as_flushed_is_dirty_when_the_link_goes(make_node: MakeNode) -> None:
+    a = make_node("a")
+    a.grant(_core.GRANT_PEER)
+    peer, client = attach_source(a), Client(a)
+
+    def write(offset: int, data: bytes) -> None:
+        cookie = client.start(WRITE, offset, len(data), data)
+        while (frame := peer.receive()) is not None and frame.kind != frames.WRITE:
+            assert frame.kind == frames.BARRIER  # one of the engine's own, which stays unanswered
+        assert frame is not None
+        peer.send(frames.ACK, struct.pack("<I", frame.unit))
+        assert client.wait(cookie) == (0, b"")
+
+    write(0, b"flushed")
+    flush = client.start(FLUSH)
+    peer.send(frames.FLUSHED, count=peer.expect(frames.BARRIER).unit)
+    assert client.wait(flush) == (0, b"")
+    write(5 * BLOCK - 1, b"not flushed")
+    peer.sock.shutdown(socket.SHUT_RDWR)
     a.wait("link-lost")
     assert a.dirty() == 2
 
@@ -334,43 +360,28 @@ def test_w7_what_the_peer_did_not_confirm_as_flushed_is_dirty_when_the_link_goes
 def test_w5_a_flush_waits_for_the_peer(make_node: MakeNode) -> None:
     a = make_node("a")
     a.grant(_core.GRANT_PEER)
-    near, far = socket.socketpair()
-    with near:
-        channel = _core.Channel(near.fileno(), near.fileno(), 9)
-        a.engine.attach_link(channel, epoch=1, source=True, plans=[_core.PLAN_NONE], timeout=20)
-    with far:
-        peer = frames.Peer(far, 9, epoch=1)
-        peer.send(frames.BITS_END)
-        peer.expect(frames.MERGED)
-        peer.expect(frames.RESYNC_DONE)
-        client = Client(a)
-        write = client.start(WRITE, 100, 3, b"abc")
-        frame = peer.expect(frames.WRITE)
-        assert (frame.offset, frame.data) == (100, b"abc")
-        assert client.pending(write)
-        peer.send(frames.ACK, struct.pack("<I", frame.unit))
-        assert client.wait(write) == (0, b"")
-        flush = client.start(FLUSH)
-        barrier = peer.expect(frames.BARRIER)
-        assert barrier.meta == frames.u64(1)
-        assert client.pending(flush)
-        peer.send(frames.FLUSHED, count=barrier.unit)
-        assert client.wait(flush) == (0, b"")
+    peer, client = attach_source(a), Client(a)
+    write = client.start(WRITE, 100, 3, b"abc")
+    frame = peer.expect(frames.WRITE)
+    assert (frame.offset, frame.data) == (100, b"abc")
+    assert client.pending(write)
+    peer.send(frames.ACK, struct.pack("<I", frame.unit))
+    assert client.wait(write) == (0, b"")
+    flush = client.start(FLUSH)
+    barrier = peer.expect(frames.BARRIER)
+    assert barrier.meta == frames.u64(1)
+    assert client.pending(flush)
+    peer.send(frames.FLUSHED, count=barrier.unit)
+    assert client.wait(flush) == (0, b"")
 
 
 def test_g3_a_write_that_the_peer_never_confirmed_is_answered_only_alone(make_node: MakeNode) -> None:
     a = make_node("a")
     a.grant(_core.GRANT_PEER)
-    near, far = socket.socketpair()
-    with near:
-        channel = _core.Channel(near.fileno(), near.fileno(), 9)
-        a.engine.attach_link(channel, epoch=1, source=True, plans=[_core.PLAN_NONE], timeout=0.3)
-    with far:
-        peer = frames.Peer(far, 9, epoch=1)
-        peer.send(frames.BITS_END)
-        client = Client(a)
-        write = client.start(WRITE, 100, 3, b"abc")
-        lost = a.wait("link-lost")
+    attach_source(a, timeout=0.3)
+    client = Client(a)
+    write = client.start(WRITE, 100, 3, b"abc")
+    lost = a.wait("link-lost")
     assert lost.b == 13
     assert "0." in lost.text  # says for how long
     a.flush()

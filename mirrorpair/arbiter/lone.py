@@ -4,6 +4,8 @@ Rules:
 - L0 A swap is durable at the peer first and then here. A peer that is not connected is not asked: with two hosts and
   nothing else, silence must not stop the survivor. No reply is "unknown": nothing is written here, and the next swap,
   made when the peer is back or known to be gone, decides.
+- A0 After an unknown swap the peer may be one version ahead: the next one that is written here alone takes a number
+  above that, so that it is the newer one when the nodes meet.
 - When the nodes meet, each gets the other's copy; the higher epoch wins, then the higher version (`newer`); of two
   different ones with equal numbers, both take the same by a fixed order.
 - One swap at a time and node. A swap of the peer that arrives during one of ours is a conflict, so that two promotions
@@ -52,6 +54,7 @@ class LoneRegister:
         self._owner = owner
         self._copy = _load(path, owner)
         self._swapping = False
+        self._skip = 0
         self.ask_peer: AskPeer | None = None
 
     @property
@@ -70,10 +73,11 @@ class LoneRegister:
             if (ask := self.ask_peer) is not None:
                 said = await ask(version, new)
                 if said is not Swap.OK:
+                    self._skip += said is Swap.UNKNOWN
                     return said
             if version != self._copy.version:  # the copies met meanwhile, and the peer's was newer
                 return Swap.CONFLICT
-            self._store(Versioned(version=version + 1, register=new))
+            self._store(Versioned(version=version + 1 + self._skip, register=new))
             return Swap.OK
         finally:
             self._swapping = False
@@ -91,9 +95,11 @@ class LoneRegister:
         ours, other = mine.register.pair_uuid, theirs.register.pair_uuid
         if ours and other and ours != other:
             raise RefusedError("the peer's record of the roles is that of another pair")
+        self._skip = 0
         best = newer(mine, theirs)
         if newer(theirs, mine) is not best and encode(theirs) != encode(mine):
-            best = max(mine, theirs, key=encode)
+            # The smaller set is the safer one: who is not in it may lack writes.
+            best = max(mine, theirs, key=lambda copy: (-len(copy.register.in_sync), encode(copy)))
         if best is mine:
             return False
         self._store(best)
