@@ -25,6 +25,8 @@ import secrets
 import time
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from mirrorpair import roles
 from mirrorpair._core import NO_LIMIT, Engine
 from mirrorpair.arbiter import Incarnation, Register, Swap, Writer
@@ -287,7 +289,8 @@ class Core:
             Swap.CONFLICT: self._objected or f"{self.peer.name} changed the roles at this moment",
             Swap.UNKNOWN: f"{self.peer.name} did not answer",
         }[result]
-        self.post(Swapped(action, result is Swap.OK, why, unknown=result is Swap.UNKNOWN))
+        done = msgspec.structs.replace(action, in_sync=self.register.copy.register.in_sync)
+        self.post(Swapped(done, result is Swap.OK, why, unknown=result is Swap.UNKNOWN))
 
     def _still_right(self, action: SwapAction) -> bool:
         """Whether a swap that met a conflict may be tried again: it takes a new epoch, or is about the present one."""
@@ -302,12 +305,15 @@ class Core:
             pair_uuid=self.open.value.pair_uuid or old.pair_uuid,
             epoch=action.epoch,
             primary=action.primary,
-            in_sync=action.in_sync,
+            in_sync=old.in_sync if action.in_sync is None else action.in_sync,
             members={**old.members, self.name: self.incarnation()},
             mode=self.config.mode,
             writer=Writer(node=self.name, nonce=secrets.randbits(48)),
         )
         self._objected = ""
+        if action.needs_peer and self.register.ask_peer is None:
+            self._objected = f"{self.peer.name} is not connected any more"
+            return Swap.CONFLICT
         result = await self.register.cas(version, new)
         if result is Swap.OK:
             role: RoleName = "primary" if action.primary == self.name else "secondary"

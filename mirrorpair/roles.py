@@ -102,11 +102,17 @@ def step(state: State, event: Event, now: int) -> Step:
     if isinstance(event, Swapped) and event.ok:
         swap = event.swap
         # A0: whatever was unknown before, this one came after it.
+        assert swap.in_sync is not None
         state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding=False)
     handler = TABLE.get((state.phase, type(event)))
     if handler is None:
         return Step(state, (), _nothing(state))
-    return handler(state, event, now)
+    done = handler(state, event, now)
+    if done.state.phase is Phase.ALONE and done.state.peer_in_sync:
+        # A1, whatever led here: nobody but this node takes the peer in, and it answers writes that the peer lacks.
+        shrunk = _shrink(done.state, done.sentence)
+        return Step(shrunk.state, (*done.actions, *shrunk.actions), shrunk.sentence)
+    return done
 
 
 # --- pieces of decisions
@@ -133,7 +139,7 @@ def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str)
     """A4: always a new epoch, above everything seen."""
     epoch = max(state.epoch, state.peer_epoch) + 1
     changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote")
-    return Step(changed, (Swap(purpose, epoch, state.me, in_sync),), f"{state.me} takes epoch {epoch}: {why}")
+    return Step(changed, (Swap(purpose, epoch, state.me, in_sync, state.peer_up),), f"{state.me} takes epoch {epoch}: {why}")
 
 
 def _lose_link(state: State, now: int, why: str) -> Step:
@@ -333,6 +339,8 @@ def _primary_link_lost(state: State, event: Event, now: int) -> Step:
 def _waited(state: State, _event: Event, now: int) -> Step:
     if state.deadline_ns is None or now < state.deadline_ns:
         return _stay(state)
+    if state.releasing:
+        return _stay(_set(state, deadline_ns=now + state.retry_ns), f"{state.me} is giving the role up")
     why = f"{state.peer} did not come back"
     if not state.peer_in_sync:
         return _alone(state, f"{why}; {state.me} goes on alone")
@@ -353,7 +361,7 @@ def _expand(state: State) -> Step:
     both = tuple(sorted((state.me, state.peer)))
     if not state.equal or state.in_sync == both or state.phase not in (Phase.SECONDARY, Phase.PAIRED):
         return _stay(state)
-    swap = Swap("expand", state.epoch, state.primary, both)
+    swap = Swap("expand", state.epoch, state.primary, both, needs_peer=True)
     changed = _set(state, expanding=True, deadline_ns=None)
     return Step(changed, (swap,), f"{state.peer} has everything: it enters the in-sync set")
 
@@ -519,14 +527,16 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     if event.swap.purpose != "release":
         return _stay(state, f"the in-sync set is {', '.join(state.in_sync)}")
     answered = state.answering
-    if not event.ok:
+    if not event.ok and not event.unknown:
         message = f"{state.me} stays primary: {event.why}"
         return Step(
             _set(state, releasing=False, draining=False, answering=False),
             (Answer(REFUSED, message),) if answered else (),
             message,
         )
+    # A0: if it is not known, the peer may be the next primary already. No client is left, so nothing is lost by leaving.
     message = f"{state.me} is secondary: it gave the role up in epoch {state.epoch}"
+    message += f", which {state.peer} may not know: {event.why}" if event.unknown else ""
     changed = _set(
         state,
         phase=Phase.SECONDARY,
@@ -555,7 +565,7 @@ def _demote(state: State, event: Event, now: int) -> Step:
         return _busy(state, event, now)
     if state.phase is Phase.FROZEN:
         # Nothing can be drained without the peer: the role is given up as it is.
-        release = Swap("release", state.epoch, None, state.in_sync)
+        release = Swap("release", state.epoch, None, None)
         return Step(
             _set(state, draining=True, releasing=True, answering=True), (HangUp(), release), "a person demotes it"
         )
@@ -565,7 +575,7 @@ def _demote(state: State, event: Event, now: int) -> Step:
 def _drained(state: State, _event: Event, _now: int) -> Step:
     if not state.draining or state.releasing or state.stopping:
         return _stay(state)
-    release = Swap("release", state.epoch, None, state.in_sync)
+    release = Swap("release", state.epoch, None, None)
     return Step(_set(state, releasing=True), (release,), "no client is left: the role is given up")
 
 

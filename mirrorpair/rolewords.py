@@ -93,12 +93,15 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Swap(msgspec.Struct, frozen=True):
-    """Change the register; its outcome is an event Swapped."""
+    """Change the register; its outcome is an event Swapped. They are carried out in the order in which they were asked
+    for. `in_sync` None: as the register has it then, which an earlier swap may still change; the event says what it
+    was. `needs_peer`: it was decided because of what the peer said, so it fails when the peer is gone by then."""
 
     purpose: Purpose
     epoch: int
     primary: str | None
-    in_sync: tuple[str, ...]
+    in_sync: tuple[str, ...] | None
+    needs_peer: bool = False
 
 
 # --- events
@@ -166,7 +169,7 @@ class RecordChanged(msgspec.Struct, frozen=True):
 
 
 class Swapped(msgspec.Struct, frozen=True):
-    """The outcome of an action Swap. `ok`: the register is what `swap` asked for, durably; `unknown`: it may be (A0)."""
+    """The outcome of an action Swap. `ok`: the register is what it asked for, durably; `unknown`: it may be (A0)."""
 
     swap: Swap
     ok: bool

@@ -175,7 +175,7 @@ def test_watch_redraws_a_terminal_in_place(daemon: Daemon, config: Path) -> None
 
 COMMANDS = [
     ["status"],
-    ["wait", "--for", "primary"],
+    ["wait", "--for", "primary", "--timeout", "0"],
     ["promote"],
     ["demote"],
     ["events"],
@@ -258,6 +258,13 @@ def test_wait(daemon: Daemon, cli: Any, config: Path) -> None:
         line = json.loads(program.out.wait_for("result")[0] and program.out.lines[-1])
         assert (line["op"], line["role"], line["finished"]) == ("wait", "secondary", True)
         assert program.process.wait(LIMIT_S) == 0
+
+
+def test_wait_also_waits_for_the_daemon_that_is_being_started(tmp_path: Path, config: Path) -> None:
+    with running("-c", config, "--node", "beta", "wait", "--for", "primary") as program:
+        program.err.wait_for("no daemon answers yet")
+        with daemon_at(tmp_path / "beta.sock", beat_s=0.01):
+            assert program.process.wait(LIMIT_S) == 0
 
 
 def test_a_daemon_that_dies_while_a_command_waits_is_11(daemon: Daemon, config: Path) -> None:

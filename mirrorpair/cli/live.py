@@ -9,10 +9,13 @@ Rules:
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
-from mirrorpair.cli.common import Settings, load_pair, write_line
+from mirrorpair.cli.common import Settings, load_pair, note, write_line
 from mirrorpair.control import AdminClient
+from mirrorpair.errors import UnreachableError
 from mirrorpair.status import Health, Role, Status, holds
 from mirrorpair.text import printable
 
@@ -35,6 +38,21 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True, tag="result", tag_fi
 def connect(settings: Settings) -> AdminClient:
     """A connection to this node's daemon, to be used in a `with`."""
     return AdminClient(load_pair(settings)[1].control)
+
+
+def connect_within(settings: Settings, patience: float) -> AdminClient:
+    """As `connect`, but a daemon that is just being started may take `patience` seconds to answer."""
+    control, deadline, told = load_pair(settings)[1].control, time.monotonic() + patience, False
+    while True:
+        try:
+            return AdminClient(control)
+        except UnreachableError:
+            if time.monotonic() >= deadline:
+                raise
+        if not told:
+            note(settings, f"no daemon answers yet at {printable(control)}: waiting for it")
+            told = True
+        time.sleep(0.05)  # nothing tells of a socket that is about to be made, but looking again
 
 
 def show_result(settings: Settings, op: str, message: str, status: Status, *, dry_run: bool = False) -> None:

@@ -11,6 +11,7 @@ from mirrorpair.cli.common import TIME, Settings, common_options, raise_interrup
 if TYPE_CHECKING:
     from mirrorpair.status import Condition
 
+PATIENCE_S = 10.0  # for a daemon that is being started by the same script
 CONDITIONS = ("primary", "secondary", "synced", "connected")  # of status.py, which `--help` does not load
 
 
@@ -34,7 +35,7 @@ Exit codes:
   0    it is so
   2    usage
   10   configuration
-  11   no daemon of this node answers, or it ended meanwhile
+  11   no daemon of this node answers (after 10 s, or --timeout), or it ended meanwhile
   13   it was not so within --timeout
   20   it will not be so: split brain or unrelated data, which a person has to resolve
   130  interrupted""",
@@ -50,9 +51,13 @@ def command(settings: Settings, condition: str, timeout: float | None) -> int:
     """
     raise_interrupt_on_termination()
 
-    from mirrorpair.cli.live import connect, show_result
+    from time import monotonic
 
-    with connect(settings) as daemon:
-        done = daemon.wait_for(cast("Condition", condition), timeout=timeout)
+    from mirrorpair.cli.live import connect_within, show_result
+
+    began = monotonic()
+    with connect_within(settings, PATIENCE_S if timeout is None else timeout) as daemon:
+        left = None if timeout is None else max(0.0, timeout - (monotonic() - began))
+        done = daemon.wait_for(cast("Condition", condition), timeout=left)
     show_result(settings, "wait", done.message, done.status)
     return 0
