@@ -64,10 +64,15 @@ static mp_chan_result not_ours(mp_chan *chan, const uint8_t *bytes, size_t lengt
 /* One read into `at`: DONE with the bytes got, or AGAIN, EOF, ERROR. */
 static mp_chan_result read_some(mp_chan *chan, void *at, size_t length, size_t *got)
 {
+    if (chan->emptied) { /* whoever waits for more is told by poll or epoll, also of the end */
+        chan->emptied = false;
+        return MP_CHAN_AGAIN;
+    }
     for (;;) {
         ssize_t part = chan->is_socket_in ? recv(chan->fd_in, at, length, MSG_DONTWAIT) : read(chan->fd_in, at, length);
         if (part > 0) {
             *got = (size_t)part;
+            chan->emptied = chan->is_socket_in && (size_t)part < length;
             chan->bytes_in += (uint64_t)part;
             return MP_CHAN_DONE;
         }

@@ -41,6 +41,7 @@ typedef enum mp_chan_result {
 typedef struct mp_chan {
     int fd_in, fd_out;
     bool is_socket_in, is_socket_out;
+    bool emptied; /* the last recv got less than it had room for: the next one would only say AGAIN */
     uint64_t session; /* 0: taken from the first frame */
     uint64_t sequence_in, sequence_out;
     uint64_t bytes_in, bytes_out;

@@ -221,7 +221,7 @@ struct mp_engine {
     bool asked_generation;
     mp_link link;
     mp_barrier barrier;
-    mp_client *clients;
+    mp_client *clients, *touched; /* all; those that the round has to look at */
     uint32_t client_count;
     bool closing_clients;
     mp_request **request; /* by index */

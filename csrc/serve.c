@@ -25,6 +25,8 @@
 
 struct mp_client {
     mp_client *next, **self;
+    mp_client *next_touched;
+    bool touched;
     mp_engine *engine;
     mp_volume *volume;
     int fd;
@@ -42,6 +44,27 @@ struct mp_client {
     uint64_t moved_ns;    /* when an answer last moved, or the first was queued */
     uint8_t input[INPUT];
 };
+
+/* An idle client costs a round nothing: only those that something happened to are looked at. */
+static void touch(mp_client *c)
+{
+    if (c->touched)
+        return;
+    c->touched = true;
+    c->next_touched = c->engine->touched;
+    c->engine->touched = c;
+}
+
+static void untouch(mp_client *c)
+{
+    mp_client **at = &c->engine->touched;
+    if (!c->touched)
+        return;
+    while (*at != c)
+        at = &(*at)->next_touched;
+    *at = c->next_touched;
+    c->touched = false;
+}
 
 static uint64_t payload_of(const mp_request *r) { return r->op == MP_OP_READ || r->op == MP_OP_WRITE ? r->length : 0; }
 
@@ -134,6 +157,7 @@ void mp_client_answer(mp_request *r)
         return;
     }
     c->in_hand--;
+    touch(c);
     if (c->dead) {
         mp_request_free(r);
         return;
@@ -231,7 +255,7 @@ static bool digest_input(mp_client *c)
     return true;
 }
 
-/* One recv. False: nothing was there, or the connection is over. */
+/* One recv. False: nothing more is there now, or the connection is over. */
 static bool read_some(mp_client *c)
 {
     uint8_t *to;
@@ -265,12 +289,12 @@ static bool read_some(mp_client *c)
     }
     if (!straight) {
         c->input_end += (uint32_t)got;
-        return true;
+    } else {
+        c->got += (uint64_t)got;
+        if (c->got == c->receiving->length)
+            complete(c);
     }
-    c->got += (uint64_t)got;
-    if (c->got == c->receiving->length)
-        complete(c);
-    return true;
+    return (size_t)got == room; /* less than there was room for: the socket is empty, epoll tells when it is not */
 }
 
 static void read_more(mp_client *c)
@@ -287,6 +311,7 @@ static void read_more(mp_client *c)
 static void on_client(void *argument, unsigned events)
 {
     mp_client *c = argument;
+    touch(c);
     if (events & MP_LOOP_WRITE)
         send_answers(c);
     if (events & MP_LOOP_READ && !c->closing)
@@ -322,6 +347,7 @@ void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, c
     engine->clients = c;
     engine->client_count++;
     c->volume->clients++;
+    touch(c);
     mp_event_post(engine, MP_EVENT_CLIENT, volume, c->volume->clients, "came");
 }
 
@@ -329,6 +355,7 @@ void mp_clients_close(mp_engine *engine, bool graceful)
 {
     engine->closing_clients = true;
     for (mp_client *c = engine->clients; c; c = c->next) {
+        touch(c);
         if (!graceful) {
             drop(c);
             continue;
@@ -359,17 +386,24 @@ void mp_clients_round(mp_engine *engine)
     uint64_t now = 0;
     bool room = engine->starved;
     engine->starved = false;
-    for (mp_client *c = engine->clients, *next; c; c = next) {
-        next = c->next;
+    mp_client *c = engine->touched, *next;
+    engine->touched = NULL;
+    for (; c; c = next) {
+        next = c->next_touched;
+        c->touched = false;
         if (c->answers.first)
             send_answers(c);
         if (c->again && (room || c->outstanding < OUTSTANDING) && !c->closing)
             read_more(c);
         if (c->answers.first && (now ? now : (now = mp_now_ns())) > c->moved_ns + STALLED)
             drop(c);
-        if (over(c))
+        if (over(c)) {
+            untouch(c); /* what it sent last may have been answered and dropped in this very turn */
             forget(c);
-        else
-            watch(c);
+            continue;
+        }
+        watch(c);
+        if (c->again || c->answers.first)
+            touch(c);
     }
 }

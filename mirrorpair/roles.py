@@ -103,7 +103,7 @@ def step(state: State, event: Event, now: int) -> Step:
         swap = event.swap
         # A0: whatever was unknown before, this one came after it.
         assert swap.in_sync is not None
-        state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding=False)
+        state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding="no")
     handler = TABLE.get((state.phase, type(event)))
     if handler is None:
         return Step(state, (), _nothing(state))
@@ -359,10 +359,12 @@ def _synced(state: State, _event: Event, _now: int) -> Step:
 def _expand(state: State) -> Step:
     """Takes a linked, equal peer into the set, if this is the time for it."""
     both = tuple(sorted((state.me, state.peer)))
-    if not state.equal or state.in_sync == both or state.phase not in (Phase.SECONDARY, Phase.PAIRED):
+    if not state.equal or state.in_sync == both or state.expanding == "asked":
+        return _stay(state)
+    if state.phase not in (Phase.SECONDARY, Phase.PAIRED):
         return _stay(state)
     swap = Swap("expand", state.epoch, state.primary, both, needs_peer=True)
-    changed = _set(state, expanding=True, deadline_ns=None)
+    changed = _set(state, expanding="asked" if state.expanding == "no" else "unknown", deadline_ns=None)
     return Step(changed, (swap,), f"{state.peer} has everything: it enters the in-sync set")
 
 
@@ -520,7 +522,7 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     """Of an expand, or of a release."""
     assert isinstance(event, Swapped)
     if event.swap.purpose == "expand" and not event.ok:
-        changed = _set(state, expanding=state.expanding and event.unknown)
+        changed = _set(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
         if changed.linked and changed.equal and changed.deadline_ns is None:
             changed = _set(changed, deadline_ns=now + state.retry_ns)
         return _stay(changed, f"{state.peer} is not known to be in the set: {event.why}")
@@ -575,7 +577,7 @@ def _demote(state: State, event: Event, now: int) -> Step:
 def _drained(state: State, _event: Event, _now: int) -> Step:
     if not state.draining or state.releasing or state.stopping:
         return _stay(state)
-    release = Swap("release", state.epoch, None, None)
+    release = Swap("release", state.epoch, None, (state.me,) if state.phase is Phase.ALONE else None)
     return Step(_set(state, releasing=True), (release,), "no client is left: the role is given up")
 
 

@@ -70,8 +70,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """the new generation is durable (G2)"""
     equal: bool = False
     """the linked peer has everything (told at the link's source end)"""
-    expanding: bool = False
-    """a swap that takes the peer into the set may have happened: until it is known the peer is required (A2)"""
+    expanding: Literal["no", "asked", "unknown"] = "no"
+    """a swap that takes the peer into the set is under way, or may have happened: the peer is required (A2)"""
     draining: bool = False
     releasing: bool = False
     stopping: bool = False
@@ -84,12 +84,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def peer_in_sync(self) -> bool:
-        return self.expanding or self.peer in self.in_sync
+        return self.expanding != "no" or self.peer in self.in_sync
 
     @property
     def sole(self) -> bool:
         """This node is the only one that has every acknowledged write."""
-        return self.in_sync == (self.me,) and not self.expanding
+        return self.in_sync == (self.me,) and self.expanding == "no"
 
 
 class Swap(msgspec.Struct, frozen=True):

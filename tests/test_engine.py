@@ -180,6 +180,17 @@ def test_rubbish_ends_that_connection_only(alone: Node, rng: random.Random) -> N
     good.write(0, b"fine")
 
 
+def test_requests_and_rubbish_in_one_piece(alone: Node) -> None:
+    read = struct.pack(">IHHQQI", 0x25609513, 0, READ, 1, 0, 10)
+    for end in (b"rubbish" * 10, struct.pack(">IHHQQI", 0x25609513, 0, 2, 2, 0, 0)):
+        for count in (1, 5):
+            client = Client(alone)
+            client.sock.sendall(read * count + end)
+            while client.sock.recv(1000):
+                pass
+    assert Client(alone).read(0, 1) == b"\0"
+
+
 def test_half_a_request_or_half_a_payload_then_a_hang_up_writes_nothing(alone: Node) -> None:
     header = struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 1, 0, 64 * KIB)
     for piece in (header[:10], header, header + b"x" * 1000, header + b"x" * (64 * KIB - 1)):

@@ -246,16 +246,18 @@ static void go_on(player *p)
 static void hang_up(player *p)
 {
     p->hung_up++;
-    if (busy(p) < PLAYER_DEPTH && one_in(&p->random, 2)) {
+    if (one_in(&p->random, 2)) { /* what is incomplete must not happen: it would be seen */
         uint64_t length = 65536;
-        unsigned slot = free_slot(p);
         uint8_t header[MP_NBD_REQUEST] = {0};
         big(header, 4, 0x25609513u);
         big(header + 6, 2, MP_NBD_WRITE);
         big(header + 16, 8, p->base);
         big(header + 24, 4, length);
-        (void)(transmit(p, header, sizeof header) && transmit(p, p->model, below(&p->random, length)));
-        (void)slot; /* it is incomplete: it must not happen */
+        uint8_t *half = malloc(length);
+        for (uint64_t i = 0; i < length; i++)
+            half[i] = (uint8_t)~p->model[i];
+        (void)(transmit(p, header, sizeof header) && transmit(p, half, below(&p->random, length)));
+        free(half);
     }
     go_on(p);
 }
@@ -265,7 +267,6 @@ static void *play(void *argument)
     player *p = argument;
     connect_again(p);
     for (;;) {
-        unsigned before = atomic_load(&stage.killing);
         bool stopping = atomic_load(&stage.stop), alive = true;
         if (stopping && !busy(p))
             break;
@@ -279,7 +280,7 @@ static void *play(void *argument)
             alive = take_answer(p);
         if (alive)
             continue;
-        if (!(before & 1) && atomic_load(&stage.killing) == before)
+        if (atomic_load(&stage.kills) == p->given_at)
             die("player %u: the engine hung up", p->number);
         p->cut_off++;
         go_on(p);
@@ -289,13 +290,17 @@ static void *play(void *argument)
     big(goodbye + 6, 2, MP_NBD_DISCONNECT);
     (void)transmit(p, goodbye, sizeof goodbye);
     close(p->fd);
+    pthread_mutex_lock(&stage.lock);
+    p->left = true;
+    tell();
+    pthread_mutex_unlock(&stage.lock);
     return NULL;
 }
 
-void player_start(player *p)
+void player_start(player *p, uint8_t *model)
 {
     p->fd = p->given = -1;
-    p->model = calloc(1, p->length);
+    p->model = model ? model : calloc(1, p->length);
     if (!p->model || pthread_create(&p->thread, NULL, play, p))
         die("no thread");
 }

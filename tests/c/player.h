@@ -4,7 +4,7 @@
  *  - It has several requests in flight, of any offset and length inside its own part; parts of players adjoin inside blocks.
  *  - Every answer is checked: a read against the model as it was when the read was sent (W2: requests of one connection take
  *    effect in the order they came), every other one for success.
- *  - A connection may end only where the program said so (`killing`) or where the player itself hung up. What was in flight
+ *  - A connection may end only where the program said so (`kills`) or where the player itself hung up. What was in flight
  *    then may have happened or not, in any part; all other bytes must be as they were. The player gets its next connection from
  *    `player_connect`, once nothing of the last one is left in the engine, reads its whole part, and goes on from there.
  *
@@ -38,8 +38,10 @@ typedef struct player {
     player_flight flight[PLAYER_DEPTH];
     uint64_t hung_up, cut_off; /* how often */
     /* shared with the program */
-    bool wants;  /* a connection; under the lock */
+    bool wants;  /* a connection; under the lock. The program sets it before the start */
+    bool left;   /* it has ended; under the lock */
     int given;   /* or -1; under the lock */
+    unsigned given_at; /* `kills` then */
 } player;
 
 typedef struct player_stage {
@@ -47,14 +49,15 @@ typedef struct player_stage {
     pthread_cond_t changed;
     int progress_fd;            /* an eventfd: one for each answer, and for each wish */
     atomic_bool stop;           /* finish what is in flight and leave */
-    atomic_uint killing;        /* odd: connections may end now; grows by one at begin and end */
+    atomic_uint kills;          /* grows before each: connections that were given before may end */
     atomic_uint_fast64_t answers;
 } player_stage;
 
 extern player_stage stage;
 
 void die(const char *format, ...) __attribute__((noreturn, format(printf, 1, 2))); /* says why, exit code 1 */
-void player_start(player *p); /* number, volume, base, length, random are set */
+/* number, volume, base, length, random and wants are set; `model`: what the part holds, taken over, or NULL for zeros. */
+void player_start(player *p, uint8_t *model);
 void player_join(player *p);
 
 #endif

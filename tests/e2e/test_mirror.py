@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
+from mirrorpair.control import AdminClient
 from mirrorpair.errors import PeerError
 from mirrorpair.nbdclient import ExportRefusedError
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from pair import Daemon, Pair
 
     from mirrorpair.nbdclient import NbdClient
+    from mirrorpair.status import Event
 
 KIB = 1024
 BLOCK = 64 * KIB
@@ -75,7 +78,9 @@ def test_writes_are_on_both_images(pair: Pair, model: Model) -> None:
     pair.up()
     serve(pair.alpha, model, 100)
     status = pair.alpha.status()
-    assert (status.health, status.serving, sorted(status.in_sync)) == ("healthy", "mirrored", ["alpha", "beta"]), pair.logs()
+    assert (status.health, status.serving, sorted(status.in_sync)) == ("healthy", "mirrored", ["alpha", "beta"]), (
+        pair.logs()
+    )
     finish(pair, model)
 
 
@@ -284,3 +289,129 @@ def test_a_primary_with_the_secondary_as_survivor_freezes(make_pair: Callable[..
         pending.wait()
         model.data[:4096] = b"x" * 4096
     finish(pair, model)
+
+
+def test_a17_a_flap_is_sent_again_and_changes_nothing(make_pair: Callable[..., Pair], rng: random.Random) -> None:
+    """The secondary's process is killed and is back before the deadline: same boot, so nothing that it had is gone."""
+    pair = make_pair(promise="40s", suspect_after=300)
+    pair.up()
+    model = Model(pair.size, rng)
+    serve(pair.alpha, model)
+    before = generation(pair.alpha)
+    pair.beta.kill()
+    with pair.alpha.client() as client:
+        pending = client.start_write(8192, b"f" * 4096)
+        pair.beta.start()
+        pending.wait()
+    model.data[8192:12288] = b"f" * 4096
+    status = pair.alpha.wait("synced")
+    assert sorted(status.in_sync) == ["alpha", "beta"]
+    assert generation(pair.alpha) == before  # G1: no new one at a mere flap
+    assert "alone" not in {event.new for event in events(pair.alpha)}
+    finish(pair, model)
+
+
+def generation(node: Daemon) -> object:
+    return json.loads(node.command("meta", "dump", "--json").stdout)["volumes"][0]["value"]["ids"]
+
+
+def events(node: Daemon) -> list[Event]:
+    with AdminClient(str(node.path("ctl"))) as client:
+        return client.events()
+
+
+def test_writers_that_go_on_through_a_crash_of_the_secondary(pair: Pair, rng: random.Random) -> None:
+    pair.up()
+    model = Model(pair.size, rng)
+    with pair.alpha.client() as client:
+        for number in range(4):
+            pending = []
+            for _ in range(200):
+                at = rng.randrange(pair.size // 4096) * 4096
+                data = rng.randbytes(4096)
+                pending.append(client.start_write(at, data))
+                model.data[at : at + 4096] = data  # the server keeps the order of overlapping ones (W2)
+            if number == 1:
+                pair.beta.kill()
+            if number == 3:
+                pair.beta.start(wait=False)
+            for one in pending:
+                one.wait()
+        pair.beta.until_up()
+        model.write(client)
+    finish(pair, model)
+
+
+def test_a_write_that_was_answered_survives_the_kill_of_the_primary_that_answered_it(
+    pair: Pair, rng: random.Random
+) -> None:
+    """Whatever was acknowledged is on the peer, which a person promotes; what was not may be either."""
+    pair.up()
+    acked: dict[int, bytes] = {}
+    asked: dict[int, set[bytes]] = {}
+    with pair.alpha.client() as client:
+        pending = []
+        for number in range(300):
+            at = rng.randrange(pair.size // 4096) * 4096
+            if at in asked:
+                continue
+            data = rng.randbytes(4096)
+            asked[at] = {data, bytes(4096)}
+            pending.append((at, data, client.start_write(at, data)))
+            if number == 150:
+                for one_at, one_data, one in pending[:100]:
+                    one.wait()
+                    acked[one_at] = one_data
+        pair.alpha.kill()
+    pair.beta.promote(accept_data_loss=True, force=True)
+    with pair.beta.client() as client:
+        for at, data in acked.items():
+            assert client.read(at, 4096) == data
+        for at, either in asked.items():
+            assert client.read(at, 4096) in either
+    pair.alpha.start()
+    pair.synced()
+    for node in pair.nodes:
+        assert node.stop() == 0
+    pair.same_images()
+
+
+def test_the_commands_say_what_they_do(pair: Pair, model: Model) -> None:
+    for node in pair.nodes:
+        node.init()
+        node.start()
+    assert pair.alpha.command("wait", "--for", "connected", "--timeout", "60s").returncode == 0
+    assert pair.beta.command("status", "--check", check=False).returncode == 2  # nobody is primary
+    assert pair.beta.command("promote").returncode == 0
+    assert pair.alpha.command("promote", check=False).returncode == 12
+    pair.beta.command("wait", "--for", "synced", "--timeout", "60s")
+    assert pair.beta.command("status", "--check").returncode == 0
+    serve(pair.beta, model)
+    plan = json.loads(pair.beta.command("resync", "data", "--dry-run", "--json").stdout.splitlines()[-1])
+    assert plan["plans"][0]["amount"] == "none" if "plans" in plan else plan
+    pair.beta.command("resync", "data", "--full", "--wait", "-y")
+    assert "beta" in pair.alpha.command("status").stdout
+    pair.beta.command("demote")
+    pair.alpha.command("promote")
+    finish(pair, model)
+
+
+def test_two_daemons_of_one_node_and_other_pairs_are_refused(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair()
+    pair.up()
+    second = pair.alpha.command("run", check=False)
+    assert second.returncode == 12, second.stderr
+    pair.alpha.status()  # the first one goes on
+    assert pair.beta.stop() == 0
+    for name in ("node", "data.meta"):
+        (pair.folder / "beta" / "shop.beta" / name).unlink()
+    pair.beta.image().unlink()
+    pair.beta.init()
+    text = pair.config.read_text()
+    pair.config.write_text(text.replace(f'size = "{pair.size}"', f'size = "{2 * pair.size}"'))
+    wrong = pair.beta.command("run", check=False)
+    assert wrong.returncode == 12
+    assert "size" in wrong.stderr
+    pair.config.write_text(text)
+    pair.beta.start()
+    pair.synced()
