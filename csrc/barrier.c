@@ -24,7 +24,9 @@ static void run(mp_job *job, void *worker)
     engine->barrier.error = 0;
     for (uint32_t i = 0; i < engine->volumes; i++)
         if (engine->barrier.sync[i]) {
-            int error = mp_disk_sync(engine->volume[i].fd);
+            int error = engine->volume[i].sync_error;
+            if (!error)
+                error = mp_disk_sync(engine->volume[i].fd);
             if (error && !engine->barrier.error) {
                 engine->barrier.error = error;
                 engine->barrier.failed_volume = i;
@@ -49,7 +51,7 @@ static void start_sync(mp_engine *engine)
     if (!b->running || b->syncing || !b->local_pending || b->local[!b->parity])
         return;
     for (uint32_t i = 0; i < engine->volumes; i++) {
-        b->sync[i] = engine->volume[i].unsynced;
+        b->sync[i] = engine->volume[i].unsynced || engine->volume[i].sync_error;
         engine->volume[i].unsynced = false;
     }
     b->syncing = true;
@@ -64,9 +66,17 @@ void mp_barrier_local_done(mp_engine *engine, uint8_t parity)
     start_sync(engine);
 }
 
+/* Whether a FLUSH may be answered by a barrier that begins now: with the peer, or alone with its generation (G3). */
+static bool flush_allowed(const mp_engine *engine)
+{
+    bool connected = engine->link.up && engine->link.source, alone = !engine->link.up && engine->grant.mode == MP_GRANT_ALONE;
+    return (connected || alone) && mp_grant_holds(engine, mp_boot_ns());
+}
+
 static void begin(mp_engine *engine)
 {
     mp_barrier *b = &engine->barrier;
+    bool flushes = b->next.first && flush_allowed(engine);
     b->running = true;
     b->void_ = false;
     b->parity = !b->parity;
@@ -75,10 +85,11 @@ static void begin(mp_engine *engine)
     b->bytes_since = 0;
     b->local_pending = true;
     b->tokens_taken = b->token_count;
-    b->flushing = b->next;
-    if (!b->flushing.first)
-        mp_list_init(&b->flushing);
-    mp_list_init(&b->next);
+    mp_list_init(&b->flushing);
+    if (flushes) {
+        b->flushing = b->next;
+        mp_list_init(&b->next);
+    }
     b->connected = engine->link.up && engine->link.source;
     b->peer_pending = b->connected;
     for (uint32_t i = 0; i < engine->volumes; i++) {
@@ -101,8 +112,10 @@ static void end(mp_engine *engine)
     bool good = !b->error && !b->void_;
     b->running = b->syncing = false;
     b->ended_ns = mp_now_ns();
-    if (b->error)
+    if (b->error && !engine->volume[b->failed_volume].sync_error) {
+        engine->volume[b->failed_volume].sync_error = b->error;
         mp_event_post(engine, MP_EVENT_DISK_ERROR, b->failed_volume, b->error, "flush: %s", strerror(b->error));
+    }
     for (uint32_t i = 0; i < engine->volumes; i++) {
         mp_journal_barrier_end(&engine->volume[i].journal, good);
         if (good && b->connected)
@@ -183,7 +196,7 @@ void mp_barrier_round(mp_engine *engine)
         engine->asked_generation = true; /* a FLUSH says "on both": alone it needs the generation like a write (G3) */
         mp_event_post(engine, MP_EVENT_NEED_GENERATION, 0, 0, "a flush is the first one without the peer");
     }
-    if ((b->next.first && (connected || alone)) || b->token_count || ((connected || alone) && wanted(engine)))
+    if ((b->next.first && flush_allowed(engine)) || b->token_count || ((connected || alone) && wanted(engine)))
         begin(engine);
 }
 

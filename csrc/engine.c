@@ -150,9 +150,12 @@ bool mp_grant_holds(const mp_engine *engine, uint64_t boot_ns)
 
 static void set_grant(mp_engine *engine, const mp_grant *grant)
 {
+    bool same = grant->mode == engine->grant.mode && engine->granted;
     if (grant->mode != engine->grant.mode)
         engine->asked_generation = false;
     engine->grant = *grant;
+    if (!engine->link.up && grant->mode == MP_GRANT_NONE)
+        mp_request_abandon(engine);
     if (!engine->link.up && grant->mode == MP_GRANT_ALONE)
         mp_request_alone(engine);
     if (!engine->link.up && grant->mode == MP_GRANT_ALONE_FIRST && !engine->asked_generation) {
@@ -164,7 +167,9 @@ static void set_grant(mp_engine *engine, const mp_grant *grant)
             mp_event_post(engine, MP_EVENT_NEED_GENERATION, 0, 0, "writes are held that the peer has not confirmed");
         }
     }
-    all_look_again(engine);
+    if (!same) /* a mere renewal lets nobody start who could not before */
+        all_look_again(engine);
+    engine->granted = mp_grant_holds(engine, mp_boot_ns());
 }
 
 /* --- a clean stop --- */
@@ -175,7 +180,7 @@ static void run_save(mp_job *job, void *worker)
     (void)worker;
     engine->save_error = 0;
     for (uint32_t i = 0; i < engine->volumes; i++) {
-        int error = mp_disk_sync(engine->volume[i].fd);
+        int error = engine->volume[i].sync_error ? engine->volume[i].sync_error : mp_disk_sync(engine->volume[i].fd);
         engine->save_error = engine->save_error ? engine->save_error : error;
     }
 }
@@ -395,7 +400,10 @@ static void on_tick(void *argument, uint64_t now_ns)
     engine->loop.next_tick_ns = now_ns + engine->loop.tick_ns;
     mp_link_tick(engine, now_ns);
     mp_barrier_tick(engine, now_ns);
-    all_look_again(engine); /* a grant may have run out, or be there again */
+    bool granted = mp_grant_holds(engine, mp_boot_ns());
+    if (granted != engine->granted)
+        all_look_again(engine);
+    engine->granted = granted;
     pthread_mutex_lock(&engine->lock);
     publish(engine);
     pthread_mutex_unlock(&engine->lock);
@@ -479,15 +487,7 @@ static void forget_all(mp_engine *engine)
 {
     mp_link_detach(engine, false, 0, "%s", "stopped");
     mp_clients_close(engine, false);
-    for (mp_command *next, *command = engine->mail; command; command = next) {
-        next = command->next;
-        free_command(command);
-    }
-    if (engine->attach)
-        free_command(engine->attach);
     mp_engine_free_clients(engine);
-    for (mp_event *event; (event = mp_engine_take(engine));)
-        free(event);
     for (uint32_t i = 0; i < engine->requests; i++) {
         mp_request *r = engine->request[i];
         if (r->buffer)
@@ -510,6 +510,14 @@ void mp_engine_close(mp_engine *engine)
         mp_pool_stop(&engine->mend_pool);
     if (engine->started)
         forget_all(engine);
+    for (mp_command *next, *command = engine->mail; command; command = next) {
+        next = command->next;
+        free_command(command);
+    }
+    if (engine->attach)
+        free_command(engine->attach);
+    for (mp_event *event; (event = mp_engine_take(engine));)
+        free(event);
     for (uint32_t i = 0; i < engine->volumes; i++) {
         mp_mend_drop_all(engine->volume[i].mend);
         mp_mend_free(engine->volume[i].mend);

@@ -29,7 +29,7 @@
 
 #define MP_VOLUMES_MAX 64u
 #define MP_REQUESTS_CHUNK 64u         /* allocated at a time */
-#define MP_REQUESTS_MAX 4096u       /* in all; a client is not read while none is free */
+#define MP_REQUESTS_MAX 32768u      /* in all; a client is not read while none is free */
 #define MP_CHUNK ((uint64_t)16 << 20) /* a longer trim or zero is done in steps: its extents must fit the activity log */
 #define MP_INLINE ((uint64_t)256 << 10) /* longer transfers go to the pool: a hand-over costs 40-60 us, 256 KiB as much */
 
@@ -63,6 +63,8 @@ struct mp_request {
     uint16_t place;     /* in volume->flight */
     uint8_t parity;     /* which barrier covers it */
     bool holds, local_done, peer_done, on_wire;
+    bool abandoned; /* never to be answered well */
+    bool placed; /* stands in the flight: from its first step to its end */
     int error;
     uint8_t meta[16], reply[MP_NBD_REPLY];
     uint32_t reply_error;
@@ -97,7 +99,8 @@ struct mp_volume {
     bool unsynced;   /* written since the last fdatasync of a barrier */
     uint32_t clients;
     uint64_t read_bytes, written_bytes;
-    bool failed;     /* a local write failed: what was settled before proves nothing */
+    bool failed;     /* a local write failed: no bit is cleared any more, whatever was settled or flushed */
+    int sync_error;  /* an fdatasync failed: what was lost is told once, so no later one is believed */
     mp_mend *mend;
 };
 
@@ -169,6 +172,7 @@ typedef struct mp_small_frame { /* a frame without data, sent now and then */
     uint8_t meta[64];
 } mp_small_frame;
 
+#define MP_BITS_BYTES 131072u /* of the bitmap in one BITS frame */
 #define MP_SMALL_FRAMES 256u /* a SETTLED for every unit of several volumes */
 
 typedef struct mp_link {
@@ -190,6 +194,10 @@ typedef struct mp_link {
     uint64_t barrier_tag;
     mp_job barrier_job;
     int barrier_error;
+    uint32_t barrier_failed_volume;
+    bool more; /* it was left in the middle of what had come */
+    uint8_t bits[MP_BITS_BYTES], brief[64]; /* where BITS, SETTLED and MERGED go: a source must never wait for a buffer,
+                                             * or the acks behind it, which give buffers back, would wait with it */
     char error_text[512];
     mp_outgoing error_out;
 } mp_link;
@@ -218,7 +226,7 @@ struct mp_engine {
     mp_volume *volume;
     uint32_t volumes;
     mp_grant grant;
-    bool asked_generation;
+    bool asked_generation, granted; /* granted: the grant held when it was last looked at */
     mp_link link;
     mp_barrier barrier;
     mp_client *clients, *touched; /* all; those that the round has to look at */
@@ -283,11 +291,14 @@ void mp_request_settle(mp_request *request);  /* looks whether all that the answ
 void mp_request_resend(mp_engine *engine);    /* A17: the held ones go out again on a new link */
 void mp_request_link_lost(mp_engine *engine);
 void mp_request_alone(mp_engine *engine);     /* the grant now lets the held ones end without the peer */
+void mp_request_abandon(mp_engine *engine);   /* the role is gone: what is held or waits is never answered well, never sent again */
+void mp_request_forget(mp_client *client, mp_volume *volume); /* its client is gone: what has not begun never will */
 void mp_request_run(mp_job *job, void *worker);
 
 /* --- serve.c --- */
 void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, const uint8_t *extra, uint32_t length);
 void mp_client_answer(mp_request *request); /* it is done: error or data; takes it over */
+void mp_client_lost(mp_request *request);   /* it never began and its client is gone; takes it over */
 void mp_clients_close(mp_engine *engine, bool graceful);
 void mp_engine_free_clients(mp_engine *engine); /* the loop has ended */
 void mp_clients_round(mp_engine *engine);   /* sends answers, goes on reading where it had to stop */
@@ -321,13 +332,15 @@ void mp_mend_drop_all(mp_mend *mend); /* the threads have ended: buffers only */
 void mp_mend_attach(mp_volume *volume, mp_plan plan);
 void mp_mend_link_lost(mp_volume *volume);
 void mp_mend_round(mp_volume *volume);
-/* Takes the frame and its payload (from the slab, NULL if it has none) over; false: garbage. */
-bool mp_mend_frame(mp_volume *volume, const mp_frame *frame, void *payload);
+/* Takes the frame and, if it is of the slab, its payload over; false: garbage. */
+bool mp_mend_frame(mp_volume *volume, const mp_frame *frame, void *payload, bool of_slab);
 void mp_mend_job_finished(mp_job *job);
 bool mp_mend_busy(const mp_volume *volume); /* jobs run: no other session may begin */
 void mp_mend_barrier_began(mp_volume *volume);
 void mp_mend_durable(mp_volume *volume); /* that barrier ended well, with the peer */
 bool mp_mend_wants_barrier(const mp_volume *volume);
+void *mp_mend_want_buffer(mp_volume *volume, const mp_frame *frame); /* where the target's WANT goes; NULL: garbage */
+bool mp_mend_stuck(const mp_volume *volume, uint64_t since_ns); /* a unit was sent before that and is not settled */
 void mp_mend_status(const mp_volume *volume, mp_volume_status *status);
 
 #endif

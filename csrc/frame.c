@@ -13,9 +13,11 @@ static uint64_t checksum(const uint8_t header[MP_FRAME_HEADER])
     return digest.low ^ digest.high;
 }
 
+static uint32_t longest(uint16_t type) { return type == MP_FRAME_WRITE ? MP_FRAME_WRITE_MAX : MP_FRAME_LENGTH_MAX; }
+
 void mp_frame_encode(const mp_frame *frame, uint8_t out[MP_FRAME_HEADER])
 {
-    MP_ASSERT(frame->meta <= frame->length && frame->length <= MP_FRAME_LENGTH_MAX && frame->meta <= MP_FRAME_META_MAX);
+    MP_ASSERT(frame->meta <= frame->length && frame->length <= longest(frame->type) && frame->meta <= MP_FRAME_META_MAX);
     mp_store32(out, MP_FRAME_MAGIC);
     mp_store32(out + 4, (uint32_t)frame->type | (uint32_t)frame->flags << 16);
     mp_store32(out + 8, frame->length);
@@ -47,7 +49,7 @@ mp_frame_fault mp_frame_decode(const uint8_t in[MP_FRAME_HEADER], mp_frame *fram
     frame->offset = mp_load64(in + 40);
     frame->digest = mp_digest_load(in + 48);
     frame->count = mp_load32(in + 72);
-    if (frame->length > MP_FRAME_LENGTH_MAX || frame->meta > frame->length || frame->meta > MP_FRAME_META_MAX)
+    if (frame->length > longest(frame->type) || frame->meta > frame->length || frame->meta > MP_FRAME_META_MAX)
         return MP_FRAME_BAD_LENGTH;
     return MP_FRAME_GOOD;
 }

@@ -24,6 +24,7 @@
 #define MP_FRAME_HEADER 80u
 #define MP_FRAME_META_MAX (256u << 10)
 #define MP_FRAME_LENGTH_MAX (MP_FRAME_META_MAX + (1u << 20))
+#define MP_FRAME_WRITE_MAX (32u << 20) /* a client's whole write is one frame: NBD's largest payload */
 
 /* Kinds 1-15: the handshake, JSON, decided in Python. 16-31: the copy session, see wire.h. 32 and up: the live mirror, see
  * link.c; there the flags hold the volume's number, and the copy's kinds DIGESTS, BULK, WANT, DATA and SETTLED are used for

@@ -31,6 +31,9 @@
 #define VOLUME_MASK 0xffu
 #define FLAG_FUA 0x100u
 #define FLAG_NO_HOLE 0x200u
+#define UNIT_PATIENCE 4u /* times the time-out */
+#define FRAMES_AT_ONCE 64u
+#define BYTES_AT_ONCE ((uint64_t)2 << 20)
 #define ACKS_EAGER 64u /* so many are sent before the round is over */
 
 static void on_link(void *argument, unsigned events);
@@ -149,10 +152,9 @@ void mp_link_detach(mp_engine *engine, bool report, int code, const char *format
         mp_request_free(link->receiving);
         link->receiving = NULL;
     }
-    if (link->taking) {
+    if (link->taking && link->taking_bytes)
         mp_slab_put(&engine->slab, link->taking, link->taking_bytes);
-        link->taking = NULL;
-    }
+    link->taking = NULL;
     if (report)
         mp_event_post(engine, MP_EVENT_LINK_LOST, link->chan.session, code, "%s", text);
     for (uint32_t i = 0; i < engine->volumes; i++)
@@ -161,6 +163,8 @@ void mp_link_detach(mp_engine *engine, bool report, int code, const char *format
         mp_request_link_lost(engine);
         mp_barrier_link_lost(engine);
     }
+    if (engine->grant.mode == MP_GRANT_NONE)
+        mp_request_abandon(engine);
 }
 
 /* Tells the peer why before the connection goes: a disk that fails there is not the network here. Best effort. */
@@ -208,6 +212,8 @@ void mp_link_attach(mp_engine *engine, mp_command *command)
     link->up = true;
     if (link->source)
         mp_request_resend(engine);
+    else
+        mp_request_abandon(engine); /* W9: what an earlier role left unanswered must not go out on a later link */
     for (uint32_t i = 0; i < engine->volumes; i++)
         mp_mend_attach(&engine->volume[i], (mp_plan)command->plan[i]);
     /* bytes behind the handshake may be here already, and epoll does not know of them */
@@ -229,7 +235,6 @@ static void answer_barrier(mp_engine *engine)
 {
     mp_link *link = &engine->link;
     if (link->barrier_error) {
-        mp_event_post(engine, MP_EVENT_DISK_ERROR, 0, link->barrier_error, "flush: %s", strerror(link->barrier_error));
         mp_link_fail(engine, "the peer's disk failed: flush");
         return;
     }
@@ -241,8 +246,11 @@ static void run_sync(mp_job *job, void *worker)
     mp_engine *engine = (mp_engine *)((char *)job - offsetof(mp_engine, link.barrier_job));
     (void)worker;
     engine->link.barrier_error = 0;
-    for (uint32_t i = 0; i < engine->volumes && !engine->link.barrier_error; i++)
-        engine->link.barrier_error = mp_disk_sync(engine->volume[i].fd);
+    for (uint32_t i = 0; i < engine->volumes && !engine->link.barrier_error; i++) {
+        int error = engine->volume[i].sync_error;
+        engine->link.barrier_error = error ? error : mp_disk_sync(engine->volume[i].fd);
+        engine->link.barrier_failed_volume = i;
+    }
 }
 
 bool mp_link_draining(const mp_engine *engine)
@@ -258,6 +266,12 @@ bool mp_link_draining(const mp_engine *engine)
 
 void mp_link_barrier_synced(mp_engine *engine)
 {
+    mp_link *link = &engine->link;
+    mp_volume *failed = link->barrier_error ? &engine->volume[link->barrier_failed_volume] : NULL;
+    if (failed && !failed->sync_error) {
+        failed->sync_error = link->barrier_error;
+        mp_event_post(engine, MP_EVENT_DISK_ERROR, failed->index, link->barrier_error, "flush: %s", strerror(link->barrier_error));
+    }
     engine->link.barrier_running = false;
     if (engine->link.up && engine->link.barrier_waits) {
         engine->link.barrier_waits = false;
@@ -374,15 +388,29 @@ static void *payload_for(mp_engine *engine, const mp_frame *frame)
         link->receiving = r;
         return !r ? NULL : r->op == MP_OP_ZERO ? r->meta : r->buffer;
     }
-    case MP_FRAME_DIGESTS:
-    case MP_FRAME_BULK:
     case MP_FRAME_WANT:
-    case MP_FRAME_DATA:
     case MP_FRAME_SETTLED:
     case MP_FRAME_BITS:
-    case MP_FRAME_MERGED:
-        if (!volume_of(engine, frame)) {
-            garbage(engine, "a frame of an unknown volume");
+    case MP_FRAME_MERGED: {
+        mp_volume *volume = volume_of(engine, frame);
+        link->taking_bytes = 0; /* not of the slab */
+        if (!volume)
+            link->taking = NULL;
+        else if (frame->type == MP_FRAME_WANT)
+            link->taking = mp_mend_want_buffer(volume, frame);
+        else if (frame->type == MP_FRAME_BITS)
+            link->taking = frame->length <= sizeof link->bits ? link->bits : NULL;
+        else
+            link->taking = frame->length <= sizeof link->brief ? link->brief : NULL;
+        if (!link->taking)
+            garbage(engine, "a frame of the resync that makes no sense");
+        return link->taking;
+    }
+    case MP_FRAME_DIGESTS:
+    case MP_FRAME_BULK:
+    case MP_FRAME_DATA:
+        if (link->source || !volume_of(engine, frame)) {
+            garbage(engine, "a frame of an unknown volume, or from the target");
             return NULL;
         }
         link->taking_bytes = frame->length;
@@ -444,9 +472,15 @@ static void take(mp_engine *engine, uint8_t *payload)
         garbage(engine, "a payload fails its digest");
         return;
     }
+    if (frame->epoch != link->epoch && frame->type != MP_FRAME_ERROR) {
+        garbage(engine, "a frame of another epoch (W9)");
+        return;
+    }
     void *taking = link->taking;
     mp_volume *volume = volume_of(engine, frame);
     link->taking = NULL;
+    if (!taking)
+        link->taking_bytes = 0;
     switch (frame->type) {
     case MP_FRAME_PING:
         break;
@@ -482,7 +516,7 @@ static void take(mp_engine *engine, uint8_t *payload)
         if (taking || frame->type == MP_FRAME_BITS_END || frame->type == MP_FRAME_MERGED || frame->type == MP_FRAME_RESYNC_DONE) {
             if (!volume)
                 garbage(engine, "a frame of an unknown volume");
-            else if (!mp_mend_frame(volume, frame, taking))
+            else if (!mp_mend_frame(volume, frame, taking, link->taking_bytes != 0))
                 garbage(engine, "a frame of the resync that makes no sense");
         } else {
             garbage(engine, "a frame of an unknown kind");
@@ -494,7 +528,13 @@ static void receive(mp_engine *engine)
 {
     mp_link *link = &engine->link;
     mp_chan *chan = &link->chan;
-    while (link->up && !link->paused) {
+    uint64_t begin = chan->bytes_in;
+    link->more = false;
+    for (unsigned frames = 0; link->up && !link->paused; frames++) {
+        if (frames >= 2 * FRAMES_AT_ONCE || chan->bytes_in - begin >= BYTES_AT_ONCE) { /* acks and answers go out meanwhile */
+            link->more = true;
+            return;
+        }
         mp_chan_result result = mp_chan_receive(chan);
         link->last_in_ns = chan->bytes_in != link->seen_in ? mp_now_ns() : link->last_in_ns;
         link->seen_in = chan->bytes_in;
@@ -555,7 +595,7 @@ void mp_link_round(mp_engine *engine)
     mp_link *link = &engine->link;
     if (!link->up)
         return;
-    if (link->paused) {
+    if (link->paused || link->more) {
         link->paused = false;
         receive(engine);
     }
@@ -564,6 +604,17 @@ void mp_link_round(mp_engine *engine)
     send_acks(engine);
     flush(engine);
     watch(engine);
+    engine->loop.again |= link->up && link->more;
+}
+
+/* Resync threads run at nice 19: a busy host may let them wait for long. */
+static bool a_unit_is_stuck(const mp_engine *engine, uint64_t now_ns)
+{
+    uint64_t patience = UNIT_PATIENCE * engine->link.timeout_ns;
+    bool stuck = false;
+    for (uint32_t i = 0; i < engine->volumes && now_ns > patience; i++)
+        stuck |= mp_mend_stuck(&engine->volume[i], now_ns - patience);
+    return stuck;
 }
 
 void mp_link_tick(mp_engine *engine, uint64_t now_ns)
@@ -583,6 +634,10 @@ void mp_link_tick(mp_engine *engine, uint64_t now_ns)
         mp_link_detach(engine, true, 13, "the peer was silent for %.1f s (usual answer: %.2f ms)", (double)(now_ns - link->last_in_ns) / 1e9, usual_ms);
     else if (link->source && oldest && now_ns - oldest->sent_ns > link->timeout_ns)
         mp_link_detach(engine, true, 13, "the peer left a write unconfirmed for %.1f s (usual answer: %.2f ms)", (double)(now_ns - oldest->sent_ns) / 1e9, usual_ms);
+    else if (link->source && engine->barrier.running && engine->barrier.peer_pending && now_ns - engine->barrier.began_ns > link->timeout_ns)
+        mp_link_detach(engine, true, 13, "the peer left a barrier unanswered for %.1f s (usual answer to a write: %.2f ms)", (double)(now_ns - engine->barrier.began_ns) / 1e9, usual_ms);
+    else if (link->source && a_unit_is_stuck(engine, now_ns))
+        mp_link_detach(engine, true, 13, "the peer left a part of the resync unanswered for %.1f s", (double)(UNIT_PATIENCE * link->timeout_ns) / 1e9);
     else if (now_ns - link->last_out_ns > link->timeout_ns / 4 && !link->chan.first)
         mp_link_small(engine, MP_FRAME_PING, 0, 0, 0, NULL, 0);
 }

@@ -124,7 +124,8 @@ bool mp_loop_run(mp_loop *loop)
     while (!loop->stopped) {
         bool spinning = loop->spin_ns && worked_ns && mp_now_ns() - worked_ns < loop->spin_ns;
         atomic_store_explicit(&loop->busy_since_ns, 0, memory_order_relaxed);
-        int count = epoll_wait(loop->epoll_fd, ready, EVENTS, spinning ? 0 : sleep_ms(loop));
+        int count = epoll_wait(loop->epoll_fd, ready, EVENTS, spinning || loop->again ? 0 : sleep_ms(loop));
+        loop->again = false;
         if (count < 0 && errno != EINTR)
             return false;
         atomic_store_explicit(&loop->busy_since_ns, mp_now_ns(), memory_order_relaxed);

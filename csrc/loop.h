@@ -25,6 +25,7 @@ typedef struct mp_loop_source {
 typedef struct mp_loop {
     int epoll_fd;
     bool stopped;
+    bool again; /* a call-back left work behind that no descriptor tells of: look, but do not sleep */
     mp_loop_source *source; /* by descriptor number */
     unsigned places;
     uint32_t generation;

@@ -17,7 +17,6 @@
 #include <errno.h>
 
 #define SETTLED_BYTES ((uint64_t)64 << 20) /* after so much a barrier makes it durable */
-#define BITS_BYTES 131072u                 /* of the bitmap in one frame */
 
 mp_mend *mp_mend_new(mp_volume *volume)
 {
@@ -102,7 +101,7 @@ void mp_mend_link_lost(mp_volume *volume)
             close_unit(u);
     }
     mend->bits_on_wire = false;
-    give_back(mend, &mend->bits, BITS_BYTES);
+    give_back(mend, &mend->bits, MP_BITS_BYTES);
     mend->settled_count = mend->settled_before = 0;
     mend->settled_bytes = 0;
     mend->state = MEND_IDLE;
@@ -123,17 +122,17 @@ static void send_bits(mp_mend *mend)
         return;
     uint64_t first, last, words = mp_ceil_div(volume->journal.dirty.bits, 64);
     if (!mp_bitmap_next(&volume->journal.dirty, mp_min(mend->word * 64, volume->journal.dirty.bits), &first, &last)) {
-        give_back(mend, &mend->bits, BITS_BYTES);
+        give_back(mend, &mend->bits, MP_BITS_BYTES);
         mend->state = MEND_RUNNING;
         mp_link_small(volume->engine, MP_FRAME_BITS_END, (uint16_t)volume->index, 0, 0, NULL, 0);
         return;
     }
-    if (!mend->bits && !(mend->bits = mp_slab_get(&volume->engine->slab, BITS_BYTES))) {
+    if (!mend->bits && !(mend->bits = mp_slab_get(&volume->engine->slab, MP_BITS_BYTES))) {
         volume->engine->starved = true;
         return;
     }
     mend->word = first / 64;
-    uint32_t count = (uint32_t)mp_min(words - mend->word, BITS_BYTES / 8);
+    uint32_t count = (uint32_t)mp_min(words - mend->word, MP_BITS_BYTES / 8);
     for (uint32_t i = 0; i < count; i++)
         mp_store64(mend->bits + 8 * i, atomic_load_explicit(&volume->journal.dirty.words[mend->word + i], memory_order_relaxed));
     mend->bits_on_wire = true;
@@ -244,7 +243,24 @@ static void send_unit(mend_unit *u)
     u->out.frame.epoch = link->epoch;
     u->out.sent = unit_sent;
     u->on_wire = true;
+    u->since_ns = mp_now_ns();
     mp_chan_queue(&link->chan, &u->out);
+}
+
+bool mp_mend_stuck(const mp_volume *volume, uint64_t since_ns)
+{
+    const mp_mend *mend = volume->mend;
+    bool stuck = false;
+    for (uint32_t i = 0; i < MEND_UNITS && mend->source; i++)
+        stuck |= mend->unit[i].open && mend->unit[i].work == WORK_NONE && mend->unit[i].since_ns < since_ns;
+    return stuck;
+}
+
+void *mp_mend_want_buffer(mp_volume *volume, const mp_frame *frame)
+{
+    mend_unit *u = frame->count < MEND_UNITS ? &volume->mend->unit[frame->count] : NULL;
+    bool good = u && volume->mend->source && u->open && u->work == WORK_NONE && frame->length <= sizeof u->want;
+    return good ? u->want : NULL;
 }
 
 static bool take_settled(mp_mend *mend, mend_unit *u, const mp_frame *frame, const uint8_t *payload)
@@ -362,7 +378,7 @@ static bool take_unit_frame(mp_mend *mend, const mp_frame *frame, uint8_t **payl
     if (work == WORK_COMPARE) {
         u->held = *payload;
         u->held_bytes = frame->length;
-    } else {
+    } else if (work != WORK_ANSWER) {
         u->payload = *payload;
         u->payload_bytes = frame->length;
     }
@@ -403,11 +419,11 @@ static bool take_frame(mp_mend *mend, const mp_frame *frame, uint8_t **payload)
     }
 }
 
-bool mp_mend_frame(mp_volume *volume, const mp_frame *frame, void *payload)
+bool mp_mend_frame(mp_volume *volume, const mp_frame *frame, void *payload, bool of_slab)
 {
     uint8_t *bytes = payload;
     bool good = take_frame(volume->mend, frame, &bytes);
-    if (bytes)
+    if (bytes && of_slab)
         mp_slab_put(&volume->engine->slab, bytes, frame->length);
     return good;
 }
@@ -433,7 +449,7 @@ void mp_mend_job_finished(mp_job *job)
         mp_link_fail(engine, why);
         return;
     }
-    if (work == WORK_ANSWER || work == WORK_STORE || work == WORK_MERGE)
+    if (work == WORK_STORE || work == WORK_MERGE)
         give_back(mend, &u->payload, u->payload_bytes);
     if (work == WORK_COMPARE || work == WORK_MERGE || work == WORK_STORE) {
         if (u->wants)

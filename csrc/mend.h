@@ -40,7 +40,8 @@ typedef struct mend_unit {
     mp_digests digests;  /* target: as announced; they point into `held` */
     uint8_t *held;       /* target: the DIGESTS payload, for as long as the unit is open */
     uint64_t held_bytes;
-    uint8_t *payload;    /* the frame that the job works on */
+    uint8_t *payload;    /* target: the frame that the job works on */
+    uint64_t since_ns;   /* source: when something was sent that the target has to answer */
     uint64_t payload_bytes;
     mp_frame frame;
     uint8_t *data;       /* source: what is sent, MP_SLAB of MP_BULK */
@@ -49,6 +50,7 @@ typedef struct mend_unit {
     int error;           /* errno of the image */
     const char *garbage; /* what the peer did wrong */
     uint8_t meta[MEND_META];
+    uint8_t want[MEND_META]; /* source: the WANT that came */
 } mend_unit;
 
 struct mp_mend {

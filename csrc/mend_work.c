@@ -74,7 +74,7 @@ static void answer(mend_unit *u, mend_worker *w)
     uint64_t seen[MP_BIT_WORDS] = {0};
     for (uint32_t at = 0; at < u->frame.meta;) {
         mp_want want;
-        if (!mp_want_next(&u->shape, u->payload, u->frame.meta, &at, &want) || mp_bit(seen, want.block)) {
+        if (!mp_want_next(&u->shape, u->want, u->frame.meta, &at, &want) || mp_bit(seen, want.block)) {
             u->garbage = "a question of the resync is malformed";
             return;
         }

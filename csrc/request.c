@@ -16,7 +16,7 @@
 
 #include <errno.h>
 
-#define TAG_INDEX 0xfffu /* the low 12 bits of a tag; above it how often the place was used */
+#define TAG_INDEX 0x7fffu /* the low 15 bits of a tag; above it how often the place was used */
 
 static void answer(mp_request *r);
 
@@ -56,7 +56,7 @@ bool mp_request_buffer(mp_request *r, uint64_t length)
 void mp_request_free(mp_request *r)
 {
     mp_engine *engine = r->engine;
-    MP_ASSERT(!r->holds && !r->on_wire);
+    MP_ASSERT(!r->holds && !r->on_wire && !r->placed);
     if (r->buffer)
         mp_slab_put(&engine->slab, r->buffer, r->buffer_bytes);
     r->buffer = NULL;
@@ -115,8 +115,10 @@ void mp_request_finished(mp_request *r)
     } else {
         r->local_done = true;
         r->volume->unsynced = true;
-        if (r->error) /* the peer has what the local image lacks: so say the bits, whatever the client does now */
+        if (r->error) { /* the peer has what the local image lacks: so say the bits, whatever the client does now */
+            r->volume->failed = true;
             mp_journal_set(&r->volume->journal, r->at, r->part);
+        }
         mp_barrier_local_done(r->engine, r->parity);
         mp_request_settle(r);
     }
@@ -147,8 +149,9 @@ static void hold(mp_request *r)
     mp_engine *engine = r->engine;
     mp_volume *volume = r->volume;
     bool connected = engine->link.up;
-    r->place = mp_flight_enter(&volume->flight, r->at, r->part);
-    r->holds = true;
+    if (!r->placed) /* all of it at the first step: nothing may come between two */
+        r->place = mp_flight_enter(&volume->flight, r->offset, r->length);
+    r->placed = r->holds = true;
     r->next_held = NULL;
     r->previous_held = engine->held_last;
     *(engine->held_last ? &engine->held_last->next_held : &engine->held_first) = r;
@@ -170,7 +173,6 @@ static void hold(mp_request *r)
 static void release(mp_request *r)
 {
     mp_engine *engine = r->engine;
-    mp_flight_leave(&r->volume->flight, r->place);
     mp_journal_leave(&r->volume->journal, r->at, r->part);
     *(r->previous_held ? &r->previous_held->next_held : &engine->held_first) = r->next_held;
     *(r->next_held ? &r->next_held->previous_held : &engine->held_last) = r->previous_held;
@@ -178,9 +180,19 @@ static void release(mp_request *r)
     mp_volume_look_again(r->volume);
 }
 
+static void leave(mp_request *r)
+{
+    if (r->placed)
+        mp_flight_leave(&r->volume->flight, r->place);
+    r->placed = false;
+    mp_volume_look_again(r->volume);
+}
+
 static void answer(mp_request *r)
 {
-    if (r->error)
+    if (r->abandoned)
+        r->reply_error = MP_NBD_ESHUTDOWN;
+    else if (r->error)
         r->reply_error = mp_nbd_error_of(r->error == MP_DISK_ENDED ? EIO : r->error);
     else if (r->op == MP_OP_READ)
         r->volume->read_bytes += r->length;
@@ -195,7 +207,8 @@ void mp_request_settle(mp_request *r)
         return;
     release(r);
     uint64_t next = r->at + r->part, end = r->offset + r->length;
-    if (r->error || next == end) {
+    if (r->error || r->abandoned || next == end) {
+        leave(r);
         answer(r);
         return;
     }
@@ -225,7 +238,7 @@ static bool writable(mp_engine *engine)
 static bool start(mp_request *r)
 {
     mp_volume *volume = r->volume;
-    if (mp_flight_overlaps(&volume->flight, r->at, r->part))
+    if (!r->placed && mp_flight_overlaps(&volume->flight, r->offset, r->length))
         return false;
     if (r->op == MP_OP_READ) {
         if (!r->buffer && !mp_request_buffer(r, r->length))
@@ -242,9 +255,9 @@ static bool start(mp_request *r)
         mp_pool_submit(&r->engine->pool, &r->job);
         return true;
     }
-    if (mp_flight_overlaps(&volume->reading, r->at, r->part))
+    if (!r->placed && (mp_flight_full(&volume->flight) || mp_flight_overlaps(&volume->reading, r->offset, r->length)))
         return false;
-    if (!writable(r->engine) || mp_flight_full(&volume->flight) || !mp_journal_enter(&volume->journal, r->at, r->part))
+    if (!writable(r->engine) || !mp_journal_enter(&volume->journal, r->at, r->part))
         return false;
     hold(r);
     return true;
@@ -253,7 +266,7 @@ static bool start(mp_request *r)
 static bool behind_one(const mp_list *waiting, const mp_request *until, const mp_request *r)
 {
     for (const mp_request *w = waiting->first; w != until; w = w->next)
-        if (w->at < r->offset + r->length && r->offset < w->offset + w->length)
+        if (w->offset < r->offset + r->length && r->offset < w->offset + w->length)
             return true;
     return false;
 }
@@ -288,7 +301,7 @@ void mp_request_round(mp_engine *engine)
         mp_list_init(&volume->waiting);
         mp_request *r;
         while ((r = mp_list_take(&all)))
-            if (behind_one(&volume->waiting, NULL, r) || !start(r))
+            if ((!r->placed && behind_one(&volume->waiting, NULL, r)) || !start(r))
                 mp_list_put(&volume->waiting, r);
     }
 }
@@ -342,4 +355,40 @@ void mp_request_alone(mp_engine *engine)
         r->peer_done = true;
         mp_request_settle(r);
     }
+}
+
+/* The local part of what is held goes on: its buffer is given back when that is done. */
+void mp_request_abandon(mp_engine *engine)
+{
+    for (mp_request *r = engine->held_first, *next; r; r = next) {
+        next = r->next_held;
+        if (r->peer_done)
+            continue;
+        mp_journal_set(&r->volume->journal, r->at, r->part);
+        r->abandoned = true;
+        r->peer_done = true;
+        mp_request_settle(r);
+    }
+}
+
+static void forget_in(mp_list *list, const mp_client *client, const mp_volume *volume)
+{
+    mp_list all = *list;
+    if (!all.first)
+        return;
+    mp_list_init(list);
+    for (mp_request *r; (r = mp_list_take(&all));) {
+        if (r->client != client || r->volume != volume) {
+            mp_list_put(list, r);
+            continue;
+        }
+        leave(r);
+        mp_client_lost(r);
+    }
+}
+
+void mp_request_forget(mp_client *client, mp_volume *volume)
+{
+    forget_in(&volume->waiting, client, volume);
+    forget_in(&volume->engine->barrier.next, client, volume);
 }

@@ -20,7 +20,9 @@
 #define STRAIGHT (16u << 10)               /* a payload of which more than this is missing goes past the input buffer */
 #define OUTSTANDING ((uint64_t)4 << 20)    /* payload of one client's requests in hand; one larger request is always let in */
 #define READS 8u                           /* reads of the socket per round, so that one client does not keep the loop */
-#define STALLED ((uint64_t)30 * 1000000000) /* a client that takes nothing of its answers for so long is hung up on */
+#define REQUESTS 256u                      /* of one client, in hand and unread answers */
+#define STALLED ((uint64_t)30 * 1000000000) /* a client that takes nothing of its answers, or sends nothing of its payload, */
+#define STARVING ((uint64_t)10 * 1000000000) /* for so long is hung up on; the second while others get no buffer for it */
 #define BATCH 32u                          /* answers per writev */
 
 struct mp_client {
@@ -39,9 +41,10 @@ struct mp_client {
     uint32_t refused_error;
     uint32_t in_hand;     /* requests read and not yet answered into `answers` */
     uint64_t outstanding; /* payload bytes of requests not yet sent back */
+    uint32_t requests;    /* in hand, and answers not yet sent */
     mp_list answers;
     uint64_t sent;        /* bytes of the first answer that went */
-    uint64_t moved_ns;    /* when an answer last moved, or the first was queued */
+    uint64_t moved_ns;    /* when a byte of an answer or of a payload last moved, or the first was due */
     uint8_t input[INPUT];
 };
 
@@ -68,9 +71,11 @@ static void untouch(mp_client *c)
 
 static uint64_t payload_of(const mp_request *r) { return r->op == MP_OP_READ || r->op == MP_OP_WRITE ? r->length : 0; }
 
+static bool full(const mp_client *c) { return c->outstanding >= OUTSTANDING || c->requests >= REQUESTS; }
+
 static void watch(mp_client *c)
 {
-    bool read = !c->closing && !c->again && (c->outstanding < OUTSTANDING || c->receiving);
+    bool read = !c->closing && !c->again && (!full(c) || c->receiving);
     mp_loop_change(&c->engine->loop, c->fd, (read ? MP_LOOP_READ : 0u) | (c->answers.first ? MP_LOOP_WRITE : 0u));
 }
 
@@ -103,6 +108,7 @@ static void drop(mp_client *c)
     }
     for (mp_request *r; (r = mp_list_take(&c->answers));)
         mp_request_free(r);
+    mp_request_forget(c, c->volume);
     shutdown(c->fd, SHUT_RDWR);
 }
 
@@ -144,6 +150,7 @@ static void send_answers(mp_client *c)
             c->sent -= whole;
             mp_list_take(&c->answers);
             c->outstanding -= payload_of(r);
+            c->requests--;
             mp_request_free(r);
         }
     }
@@ -172,6 +179,13 @@ void mp_client_answer(mp_request *r)
     mp_list_put(&c->answers, r);
 }
 
+void mp_client_lost(mp_request *r)
+{
+    r->client->in_hand--;
+    touch(r->client);
+    mp_request_free(r);
+}
+
 /* Takes the request that stands in the input. False: not now, or never again. */
 static bool take(mp_client *c)
 {
@@ -187,6 +201,7 @@ static bool take(mp_client *c)
     mp_request *r = mp_request_new(c->engine);
     if (!r)
         return false;
+    c->requests++;
     r->volume = c->volume;
     r->client = c;
     r->cookie = n.cookie;
@@ -202,10 +217,12 @@ static bool take(mp_client *c)
         mp_client_answer(r);
     } else if (r->op == MP_OP_WRITE) {
         if (!mp_request_buffer(r, n.length)) {
+            c->requests--;
             mp_request_free(r);
             return false;
         }
         c->receiving = r;
+        c->moved_ns = mp_now_ns();
         c->got = 0;
         c->outstanding += n.length;
     } else {
@@ -248,7 +265,7 @@ static bool digest_input(mp_client *c)
             complete(c);
         } else if (there < MP_NBD_REQUEST) {
             return true;
-        } else if (c->outstanding >= OUTSTANDING || !take(c)) {
+        } else if (full(c) || !take(c)) {
             return false;
         }
     }
@@ -291,6 +308,7 @@ static bool read_some(mp_client *c)
         c->input_end += (uint32_t)got;
     } else {
         c->got += (uint64_t)got;
+        c->moved_ns = mp_now_ns();
         if (c->got == c->receiving->length)
             complete(c);
     }
@@ -393,9 +411,9 @@ void mp_clients_round(mp_engine *engine)
         c->touched = false;
         if (c->answers.first)
             send_answers(c);
-        if (c->again && (room || c->outstanding < OUTSTANDING) && !c->closing)
+        if (c->again && (room || !full(c)) && !c->closing)
             read_more(c);
-        if (c->answers.first && (now ? now : (now = mp_now_ns())) > c->moved_ns + STALLED)
+        if ((c->answers.first || c->receiving) && (now ? now : (now = mp_now_ns())) > c->moved_ns + (room ? STARVING : STALLED))
             drop(c);
         if (over(c)) {
             untouch(c); /* what it sent last may have been answered and dropped in this very turn */
@@ -403,7 +421,7 @@ void mp_clients_round(mp_engine *engine)
             continue;
         }
         watch(c);
-        if (c->again || c->answers.first)
+        if (c->again || c->answers.first || c->receiving)
             touch(c);
     }
 }

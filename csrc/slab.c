@@ -20,6 +20,8 @@ static unsigned class_of(uint64_t length)
 
 void mp_slab_init(mp_slab *slab) { memset(slab, 0, sizeof *slab); }
 
+static bool is_large(uint64_t bytes) { return bytes > (2u << 20); }
+
 static bool drop_one(mp_slab *slab, unsigned but)
 {
     for (unsigned class = MP_SLAB_CLASSES; class-- > 0;) {
@@ -45,19 +47,23 @@ void *mp_slab_get(mp_slab *slab, uint64_t length)
 {
     unsigned class = class_of(length);
     uint64_t bytes = class_bytes[class];
-    if (slab->used + bytes > MP_SLAB_BUDGET)
+    uint64_t all = is_large(bytes) ? slab->large : slab->used - slab->large;
+    if (all + bytes > (is_large(bytes) ? MP_SLAB_LARGE : MP_SLAB_SMALL))
         return NULL;
+    slab->large += is_large(bytes) ? bytes : 0;
     struct mp_slab_free *buffer = slab->kept[class];
     if (buffer) {
         slab->kept[class] = buffer->next;
         slab->used += bytes;
         return buffer;
     }
-    while (slab->held + bytes > MP_SLAB_BUDGET && drop_one(slab, class))
+    while (slab->held + bytes > MP_SLAB_SMALL + MP_SLAB_LARGE && drop_one(slab, class))
         ;
     void *fresh = aligned_alloc(4096, bytes);
-    if (!fresh)
+    if (!fresh) {
+        slab->large -= is_large(bytes) ? bytes : 0;
         return NULL;
+    }
     slab->held += bytes;
     slab->used += bytes;
     return fresh;
@@ -69,6 +75,7 @@ void mp_slab_put(mp_slab *slab, void *buffer, uint64_t length)
     uint64_t bytes = class_bytes[class];
     MP_ASSERT(slab->used >= bytes);
     slab->used -= bytes;
+    slab->large -= is_large(bytes) ? bytes : 0;
     if (bytes > (uint64_t)4 << 20) { /* too dear to keep: an idle node must not hold 32 MiB for a client of yesterday */
         slab->held -= bytes;
         free(buffer);

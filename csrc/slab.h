@@ -3,7 +3,8 @@
  * Contract: one thread. A buffer is page-aligned, at least as long as asked for, and comes back through mp_slab_put with the
  * same length. What was given back is kept for the next request of its class, so that a warm server allocates nothing; when
  * the budget is short the kept ones of other classes go first. NULL means "not now": the caller stops reading from whoever
- * asks, and goes on when something came back. One buffer of the largest class always fits an idle slab.
+ * asks, and goes on when something came back. The two largest classes have a budget of their own: who announces 32 MiB and
+ * sends nothing takes none of what the others live on.
  */
 #ifndef MP_SLAB_H
 #define MP_SLAB_H
@@ -12,11 +13,12 @@
 
 #define MP_SLAB_CLASSES 6
 #define MP_SLAB_MAX ((uint64_t)32 << 20)    /* NBD's largest payload */
-#define MP_SLAB_BUDGET ((uint64_t)64 << 20) /* two of the largest; the rest of the 100 MiB of a node is bitmaps and tables */
+#define MP_SLAB_LARGE ((uint64_t)32 << 20)  /* one of the largest */
+#define MP_SLAB_SMALL ((uint64_t)48 << 20)  /* a resync may hold 20 of it; the rest of the 100 MiB of a node is tables */
 
 typedef struct mp_slab {
     struct mp_slab_free *kept[MP_SLAB_CLASSES];
-    uint64_t used, held; /* bytes handed out; those and the kept ones */
+    uint64_t used, large, held; /* bytes handed out; of these in large buffers; handed out or kept */
 } mp_slab;
 
 void mp_slab_init(mp_slab *slab);

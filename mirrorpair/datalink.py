@@ -56,7 +56,8 @@ async def negotiate(
     new_id: Callable[[], int],
     new_uuid: Callable[[], str],
 ) -> Made:
-    """`objection`: why this end wants no link now; the peer is told. `decided` is told what the table says of each volume, also when the link is then refused."""
+    """`objection`: why this end wants no link now; the peer is told. `decided` is told what the table says of each
+    volume, also when the link is then refused."""
     if dialed:
         if objection is not None:
             raise Stopped(objection)

@@ -2,7 +2,8 @@
 
 Rules:
 - R11 What is shown is counted by the engine or heard from the peer, never guessed. A volume counts as up-to-date on a
-  secondary only while a data link is attached and its resync has ended.
+  secondary only while a data link is attached, its resync has ended, and the register says so: only then is it true
+  that this node could be promoted without loss.
 - Bits count once: both nodes may hold them, so the larger number is what may differ.
 """
 
@@ -109,7 +110,7 @@ class NodeView:
         if state.role == "primary":
             return "up-to-date"
         if node.link is not None and volume.index not in node.link.open_volumes:
-            return "up-to-date"
+            return "up-to-date" if state.me in state.in_sync else "consistent"
         if state.in_sync and state.me not in state.in_sync:
             return "outdated"
         return "consistent"

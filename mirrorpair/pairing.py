@@ -130,7 +130,12 @@ def agree(
     if primaries and source != primaries[0]:
         return Stop(code=REFUSED, kind="refused", message=f"{primaries[0]} is primary and would be overwritten")
     flaps = i_flap if source == sides[0].node else they_flap
-    flap = flaps and all(d.amount in ("none", "bitmap") and d.rule in _FLAP_RULES for d in decisions.values())
+    target = next(iter((theirs if source == sides[0].node else mine).values()))
+    flap = (
+        flaps
+        and not target.boot_lost
+        and all(d.amount in ("none", "bitmap") and d.rule in _FLAP_RULES for d in decisions.values())
+    )
     return Agreement(source, flap, tuple(decisions.values()))
 
 

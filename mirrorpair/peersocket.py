@@ -149,10 +149,8 @@ async def _bind_unix(sock: socket.socket, address: UnixAddress) -> None:
                 raise RefusedError(f"cannot tell whether somebody listens on {address}: {error}") from error
             else:
                 raise RefusedError(f"somebody listens on {address} already: is another daemon of this node running?")
-    old = os.umask(0o077)
     try:
+        os.fchmod(sock.fileno(), 0o600)  # the file gets it at bind, so there is no moment of another mode
         sock.bind(path)
     except OSError as error:
         raise UsageError(f"cannot listen on {address}: {error.strerror}") from error
-    finally:
-        os.umask(old)

@@ -139,7 +139,9 @@ def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str)
     """A4: always a new epoch, above everything seen."""
     epoch = max(state.epoch, state.peer_epoch) + 1
     changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote")
-    return Step(changed, (Swap(purpose, epoch, state.me, in_sync, state.peer_up),), f"{state.me} takes epoch {epoch}: {why}")
+    return Step(
+        changed, (Swap(purpose, epoch, state.me, in_sync, state.peer_up),), f"{state.me} takes epoch {epoch}: {why}"
+    )
 
 
 def _lose_link(state: State, now: int, why: str) -> Step:
@@ -536,7 +538,7 @@ def _swapped(state: State, event: Event, now: int) -> Step:
             (Answer(REFUSED, message),) if answered else (),
             message,
         )
-    # A0: if it is not known, the peer may be the next primary already. No client is left, so nothing is lost by leaving.
+    # A0: if it is not known, the peer may be primary next. No client is left, so nothing is lost by leaving.
     message = f"{state.me} is secondary: it gave the role up in epoch {state.epoch}"
     message += f", which {state.peer} may not know: {event.why}" if event.unknown else ""
     changed = _set(
