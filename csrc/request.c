@@ -241,8 +241,6 @@ static bool start(mp_request *r)
     if (!r->placed && mp_flight_overlaps(&volume->flight, r->offset, r->length))
         return false;
     if (r->op == MP_OP_READ) {
-        if (!r->buffer && !mp_request_buffer(r, r->length))
-            return false;
         if (r->length <= MP_INLINE && (r->error = mp_disk_read_cached(volume->fd, r->buffer, r->length, r->offset)) != EAGAIN) {
             mp_request_finished(r);
             return true;

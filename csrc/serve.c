@@ -215,12 +215,11 @@ static bool take(mp_client *c)
         c->drain = n.type == MP_NBD_WRITE ? n.length : 0;
         c->in_hand++;
         mp_client_answer(r);
+    } else if (payload_of(r) && !mp_request_buffer(r, n.length)) { /* nothing that waits ever waits for a buffer */
+        c->requests--;
+        mp_request_free(r);
+        return false;
     } else if (r->op == MP_OP_WRITE) {
-        if (!mp_request_buffer(r, n.length)) {
-            c->requests--;
-            mp_request_free(r);
-            return false;
-        }
         c->receiving = r;
         c->moved_ns = mp_now_ns();
         c->got = 0;

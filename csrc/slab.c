@@ -20,7 +20,9 @@ static unsigned class_of(uint64_t length)
 
 void mp_slab_init(mp_slab *slab) { memset(slab, 0, sizeof *slab); }
 
-static bool is_large(uint64_t bytes) { return bytes > (2u << 20); }
+static const uint64_t budget[MP_SLAB_GROUPS] = {MP_SLAB_SMALL, MP_SLAB_MIDDLE, MP_SLAB_LARGE};
+
+static unsigned group_of(uint64_t bytes) { return bytes <= 131072 ? 0 : bytes <= (2u << 20) ? 1 : 2; }
 
 static bool drop_one(mp_slab *slab, unsigned but)
 {
@@ -38,7 +40,8 @@ static bool drop_one(mp_slab *slab, unsigned but)
 
 void mp_slab_close(mp_slab *slab)
 {
-    MP_ASSERT(slab->used == 0);
+    for (unsigned group = 0; group < MP_SLAB_GROUPS; group++)
+        MP_ASSERT(slab->used[group] == 0);
     while (drop_one(slab, MP_SLAB_CLASSES))
         ;
 }
@@ -47,25 +50,22 @@ void *mp_slab_get(mp_slab *slab, uint64_t length)
 {
     unsigned class = class_of(length);
     uint64_t bytes = class_bytes[class];
-    uint64_t all = is_large(bytes) ? slab->large : slab->used - slab->large;
-    if (all + bytes > (is_large(bytes) ? MP_SLAB_LARGE : MP_SLAB_SMALL))
+    uint64_t *used = &slab->used[group_of(bytes)];
+    if (*used + bytes > budget[group_of(bytes)])
         return NULL;
-    slab->large += is_large(bytes) ? bytes : 0;
     struct mp_slab_free *buffer = slab->kept[class];
     if (buffer) {
         slab->kept[class] = buffer->next;
-        slab->used += bytes;
+        *used += bytes;
         return buffer;
     }
-    while (slab->held + bytes > MP_SLAB_SMALL + MP_SLAB_LARGE && drop_one(slab, class))
+    while (slab->held + bytes > MP_SLAB_SMALL + MP_SLAB_MIDDLE + MP_SLAB_LARGE && drop_one(slab, class))
         ;
     void *fresh = aligned_alloc(4096, bytes);
-    if (!fresh) {
-        slab->large -= is_large(bytes) ? bytes : 0;
+    if (!fresh)
         return NULL;
-    }
     slab->held += bytes;
-    slab->used += bytes;
+    *used += bytes;
     return fresh;
 }
 
@@ -73,9 +73,9 @@ void mp_slab_put(mp_slab *slab, void *buffer, uint64_t length)
 {
     unsigned class = class_of(length);
     uint64_t bytes = class_bytes[class];
-    MP_ASSERT(slab->used >= bytes);
-    slab->used -= bytes;
-    slab->large -= is_large(bytes) ? bytes : 0;
+    uint64_t *used = &slab->used[group_of(bytes)];
+    MP_ASSERT(*used >= bytes);
+    *used -= bytes;
     if (bytes > (uint64_t)4 << 20) { /* too dear to keep: an idle node must not hold 32 MiB for a client of yesterday */
         slab->held -= bytes;
         free(buffer);

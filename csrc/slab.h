@@ -3,8 +3,8 @@
  * Contract: one thread. A buffer is page-aligned, at least as long as asked for, and comes back through mp_slab_put with the
  * same length. What was given back is kept for the next request of its class, so that a warm server allocates nothing; when
  * the budget is short the kept ones of other classes go first. NULL means "not now": the caller stops reading from whoever
- * asks, and goes on when something came back. The two largest classes have a budget of their own: who announces 32 MiB and
- * sends nothing takes none of what the others live on.
+ * asks, and goes on when something came back. Small, middle and large buffers have a budget each: who announces 32 MiB and
+ * sends nothing, or reads megabytes and takes none, takes nothing of what the others live on.
  */
 #ifndef MP_SLAB_H
 #define MP_SLAB_H
@@ -13,12 +13,14 @@
 
 #define MP_SLAB_CLASSES 6
 #define MP_SLAB_MAX ((uint64_t)32 << 20)    /* NBD's largest payload */
-#define MP_SLAB_LARGE ((uint64_t)32 << 20)  /* one of the largest */
-#define MP_SLAB_SMALL ((uint64_t)48 << 20)  /* a resync may hold 20 of it; the rest of the 100 MiB of a node is tables */
+#define MP_SLAB_GROUPS 3
+#define MP_SLAB_SMALL ((uint64_t)20 << 20)  /* up to 128 KiB each */
+#define MP_SLAB_MIDDLE ((uint64_t)40 << 20) /* up to 1.25 MiB each; a resync may hold 20 of it */
+#define MP_SLAB_LARGE ((uint64_t)32 << 20)  /* one of the largest; the rest of the 100 MiB of a node is tables */
 
 typedef struct mp_slab {
     struct mp_slab_free *kept[MP_SLAB_CLASSES];
-    uint64_t used, large, held; /* bytes handed out; of these in large buffers; handed out or kept */
+    uint64_t used[MP_SLAB_GROUPS], held; /* bytes handed out; handed out or kept */
 } mp_slab;
 
 void mp_slab_init(mp_slab *slab);

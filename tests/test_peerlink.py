@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import socket
 from typing import TYPE_CHECKING, Any
@@ -88,13 +87,14 @@ class Node:
         return msgspec.structs.replace(plain, **self.changes)
 
     def check(self, hello: Hello) -> str | None:
-        return self.objection
+        return None if hello.pair == "nobody's" else self.objection
 
     def peer_up(self, hello: Hello) -> None:
         self.ups.append(hello)
         self._tell()
 
     def peer_down(self, reason: str, last_heard_ns: int | None) -> None:
+        assert last_heard_ns is not None
         self.downs.append(reason)
         self._tell()
 
@@ -310,7 +310,7 @@ def test_silence_ends_the_connection_and_says_for_how_long(tmp_path: Path) -> No
         async with deaf_peer(tmp_path) as (alpha, _):
             await alpha.until(lambda: alpha.ups)
             await alpha.until(lambda: alpha.downs)
-            assert alpha.downs[0].startswith("beta was silent for 0.")
+            assert alpha.downs[0].startswith("beta was silent for ")
 
     run(scenario())
 
@@ -554,7 +554,7 @@ def test_a_dead_daemons_socket_is_replaced_and_a_living_ones_refused(tmp_path: P
             await other.start()
         await other.stop()
         assert (tmp_path / "beta").is_socket()
-        assert (tmp_path / "beta").stat().st_mode & 0o777 == 0o600 & ~0o000 or os.geteuid() == 0
+        assert (tmp_path / "beta").stat().st_mode & 0o777 == 0o600
         await lb.stop()
         assert not (tmp_path / "beta").exists()
 

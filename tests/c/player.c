@@ -188,7 +188,7 @@ static unsigned free_slot(const player *p)
 static void connect_again(player *p)
 {
     pthread_mutex_lock(&stage.lock);
-    p->wants = true;
+    p->wants = p->given < 0; /* the first one is wished for, and may be here, before the thread runs */
     tell();
     while (p->given < 0)
         pthread_cond_wait(&stage.changed, &stage.lock);

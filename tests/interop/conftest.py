@@ -13,7 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))  # its `
 from mirror import Mirror
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test that passed without comparing the images has not passed."""
+    result = yield
+    made = pyfuncitem.funcargs.get("mirror")
+    assert made is None or made.finished, "the test did not call mirror.finish()"
+    return result
 
 
 @pytest.fixture
@@ -26,6 +35,5 @@ def mirror(tmp_path: Path) -> Iterator[Mirror]:
     try:
         made.up()
         yield made
-        assert made.finished or sys.exc_info()[0] is not None
     finally:
         made.end()

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -33,6 +34,18 @@ class Mirror(Pair):
             assert before in text
             text = text.replace(before, f'nbd = ["unix:{node.name}.nbd", "tcp:127.0.0.1:{self.port(node)}"]')
         self.config.write_text(text)
+
+    def up(self) -> None:
+        """As Pair's, both nodes at once."""
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(Daemon.init, self.nodes))
+        for node in self.nodes:
+            node.start(wait=False)
+        for node in self.nodes:
+            node.until_up()
+        self.alpha.wait("connected")
+        self.alpha.promote()
+        self.synced()
 
     def port(self, node: Daemon) -> int:
         return int(self._held[node.name].getsockname()[1])

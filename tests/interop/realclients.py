@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,20 +29,13 @@ GLANCE_S = 0.02
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {"LC_ALL": "C"}
 
 
-def need(*names: str) -> None:
-    """Skips the test where a tool is missing."""
-    for name in names:
-        if path_of(name) is None:
-            pytest.skip(f"{name} is not installed")
-
-
-def need_mounts() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("loop devices and mounts need root")
-    if not Path("/dev/fuse").exists():
-        pytest.skip("this kernel has no FUSE")
-    if not Path("/dev/loop-control").exists():
-        pytest.skip("this kernel has no loop devices")
+def needs(*names: str, mounts: bool = False) -> pytest.MarkDecorator:
+    """A test with this mark is skipped where one of these tools is missing, or what a mount takes."""
+    missing = [f"{name} is not installed" for name in names if path_of(name) is None]
+    if mounts:
+        missing += [] if os.geteuid() == 0 else ["loop devices and mounts need root"]
+        missing += [f"there is no {path}" for path in ("/dev/fuse", "/dev/loop-control") if not Path(path).exists()]
+    return pytest.mark.skipif(bool(missing), reason=", ".join(missing) or "all is here")
 
 
 def path_of(name: str) -> str | None:
@@ -51,25 +43,30 @@ def path_of(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
 
 
-def tool(*words: str | Path, code: int | None = 0, limit_s: float = HANG_S, stdin: bytes = b"") -> str:
-    """Runs it; what it printed, stdout before stderr. `code`: the exit code that is right, None for any but 0."""
-    done = _run([str(word) for word in words], limit_s, stdin)
+def tool(*words: str | Path, code: int | None = 0, limit_s: float = HANG_S, debug: bool = False) -> str:
+    """Runs it; what it printed, stdout before stderr. `code`: the exit code that is right, None for any but 0. `debug`:
+    libnbd also prints what the server said."""
+    done = _run([str(word) for word in words], limit_s, debug=debug)
     said = done.stdout + done.stderr
     right = done.returncode != 0 if code is None else done.returncode == code
     assert right and done.returncode >= 0, f"{words}: exit code {done.returncode}\n{said}"
     return said
 
 
-def _run(words: list[str], limit_s: float, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+def _run(words: list[str], limit_s: float, *, debug: bool = False) -> subprocess.CompletedProcess[str]:
     words[0] = path_of(words[0]) or words[0]
+    environment = ENVIRONMENT | {"LIBNBD_DEBUG": "1" if debug else "0"}
     process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
     try:
-        out, err = process.communicate(stdin, limit_s)
+        out, err = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         # Not waited for: it may hang in the kernel until something below it has been taken down.
         process.kill()
+        for pipe in (process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
         raise AssertionError(f"{words} hangs") from None
     return subprocess.CompletedProcess(words, process.returncode, out.decode(), err.decode())
 
@@ -126,9 +123,9 @@ def nbdfuse(uri: str, folder: Path) -> Iterator[Path]:
             assert process.wait(HANG_S) == 0, log.read_text()
         finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-            if os.path.ismount(point):
-                _run(["fusermount3", "-uz", str(point)], TAKE_DOWN_S)
+                process.kill()
+            process.wait(TAKE_DOWN_S)
+            _unmount_fuse(point)
 
 
 @contextlib.contextmanager
@@ -153,11 +150,17 @@ def storage_daemon(socket: Path, folder: Path, export: str = "data") -> Iterator
             if process.poll() is None:
                 process.kill()
                 process.wait(TAKE_DOWN_S)
-            if _is_mounted(file):
-                _run(["fusermount3", "-uz", str(file)], TAKE_DOWN_S)
+            _unmount_fuse(file)
+
+
+def _unmount_fuse(point: Path) -> None:
+    if _is_mounted(point):
+        with contextlib.suppress(AssertionError):
+            _run(["fusermount3", "-uz", str(point)], TAKE_DOWN_S)
 
 
 def _is_mounted(path: Path) -> bool:
+    """Asks the kernel's list: a mount of a server that is dead cannot be looked at."""
     return any(line.split()[4] == str(path) for line in Path("/proc/self/mountinfo").read_text().splitlines())
 
 
@@ -189,6 +192,6 @@ def mounted(device: str, point: Path) -> Iterator[Path]:
         yield point
         tool("umount", point)
     finally:
-        if os.path.ismount(point):
+        if _is_mounted(point):
             with contextlib.suppress(AssertionError):
                 _run(["umount", "--lazy", str(point)], TAKE_DOWN_S)
