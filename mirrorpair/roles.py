@@ -87,10 +87,11 @@ def bounded(state: State) -> bool:
 
 
 def consents(state: State, epoch: int, primary: str | None) -> str | None:
-    """Why the peer may not change the register to this, or None."""
-    if primary == state.peer and state.role == "primary":
+    """Why the peer may not change the register to this, or None. While this node is primary, or about to be, nobody
+    else changes anything: a set that the peer widens would hide what is answered alone here (A1)."""
+    if state.role == "primary":
         return f"{state.me} is primary: `mirrorpair demote` there first"
-    if primary == state.peer and state.phase is Phase.ACQUIRING:
+    if state.phase is Phase.ACQUIRING:
         return f"{state.me} is becoming primary itself"
     if primary == state.me and state.primary != state.me:
         return f"{state.me} did not ask to be primary"
@@ -363,7 +364,8 @@ def _expand(state: State) -> Step:
     both = tuple(sorted((state.me, state.peer)))
     if not state.equal or state.in_sync == both or state.expanding == "asked":
         return _stay(state)
-    if state.phase not in (Phase.SECONDARY, Phase.PAIRED):
+    # Without a primary the link's source does it; where there is one, the set is the primary's alone.
+    if state.phase is not Phase.PAIRED and (state.phase is not Phase.SECONDARY or state.peer_role == "primary"):
         return _stay(state)
     swap = Swap("expand", state.epoch, state.primary, both, needs_peer=True)
     changed = _set(state, expanding="asked" if state.expanding == "no" else "unknown", deadline_ns=None)
@@ -391,6 +393,7 @@ def _record_changed(state: State, event: Event, _now: int) -> Step:
             primary=event.primary,
             in_sync=event.in_sync,
             peer_role=theirs if state.peer_up else None,
+            equal=state.equal and event.epoch == state.epoch,
         ),
         f"the record says: {event.primary or 'nobody'} is primary of epoch {event.epoch}, "
         f"in sync: {', '.join(event.in_sync) or 'nobody'}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import random
+from typing import Any
 
 import msgspec
 import pytest
@@ -37,9 +38,6 @@ from mirrorpair.rolewords import (
     Synced,
     Tick,
 )
-
-if TYPE_CHECKING:
-    import random
 
 S = 10**9
 SUSPECT = S
@@ -265,6 +263,18 @@ def test_a2_a_joining_peer_is_required_from_before_the_swap() -> None:
     assert swap_of(actions).purpose == "expand"
 
 
+def test_a1_the_set_of_a_primary_is_widened_by_nobody_else() -> None:
+    """The link's source takes its peer in, without a primary; the peer has become primary since (seed 51834)."""
+    source = state(epoch=1, in_sync=("beta",), peer_up=True, peer_role="secondary", linked=True, equal=True)
+    _, actions = run(source, Synced())
+    assert swap_of(actions).purpose == "expand"
+    for event in (RecordChanged(2, "beta", ("beta",)), RecordChanged(1, "beta", ("beta",)), PeerSaid("primary", 1)):
+        after, actions = run(source, event, Synced())
+        assert actions == []
+        _, actions = run(msgspec.structs.replace(after, deadline_ns=1), Tick(), now=1)
+        assert actions == []
+
+
 def test_the_outcome_of_an_earlier_expand_is_not_taken_for_that_of_a_promotion() -> None:
     acquiring, actions = run(state(peer_up=True, peer_role="secondary", linked=True), Synced(), promote())
     expand = next(action for action in actions if isinstance(action, Swap) and action.purpose == "expand")
@@ -435,6 +445,7 @@ def test_a_higher_epoch_ends_the_role_at_once(phase: Phase) -> None:
 
 def test_the_peers_swaps_are_consented_to_only_where_they_take_nothing_from_us() -> None:
     assert roles.consents(primary(), 8, "beta") is not None
+    assert roles.consents(primary(), 7, "alpha") is not None
     assert roles.consents(state(phase=Phase.ACQUIRING, epoch=7), 8, "beta") is not None
     assert roles.consents(state(epoch=7), 8, "beta") is None
     assert roles.consents(state(epoch=7), 6, "beta") is not None
@@ -719,13 +730,15 @@ def test_no_acknowledged_write_is_lost_and_never_two_primaries(rng: random.Rando
     ],
 )
 def test_the_simulation_bites_when_a_rule_is_weakened(
-    rng: random.Random, monkeypatch: pytest.MonkeyPatch, rule: str, broken: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, rule: str, broken: dict[str, Any]
 ) -> None:
+    """With a seed that is known to find it soon: with any, A1 takes up to some hundred runs."""
+    rng = random.Random(7)
     for name, value in broken.items():
         monkeypatch.setattr(rolewords.State, name, value)
 
     def many() -> None:
-        for _ in range(300):
+        for _ in range(1000):
             simulate(rng, 3000)
 
     with pytest.raises(AssertionError, match=r"acknowledged writes|primary"):
