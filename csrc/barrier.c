@@ -123,11 +123,16 @@ static void end(mp_engine *engine)
         mp_volume_look_again(&engine->volume[i]);
     }
     if (b->void_ && !b->error) { /* they came before those in `next` */
-        if (b->flushing.first) {
-            *b->flushing.last = b->next.first;
-            if (!b->next.first)
-                b->next.last = b->flushing.last;
-            b->next.first = b->flushing.first;
+        mp_list later = b->next;
+        mp_list_init(&b->next);
+        for (mp_request *r; (r = mp_list_take(&b->flushing));)
+            if (mp_client_gone(r))
+                mp_client_lost(r);
+            else
+                mp_list_put(&b->next, r);
+        if (later.first) {
+            *b->next.last = later.first;
+            b->next.last = later.last;
         }
     } else {
         for (mp_request *r; (r = mp_list_take(&b->flushing));) {

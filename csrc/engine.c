@@ -335,7 +335,10 @@ static bool anything_to_start(const mp_engine *engine)
 static void on_round(void *argument)
 {
     mp_engine *engine = argument;
-    if (engine->attach && !mp_link_draining(engine)) {
+    if (engine->attach && !engine->attach->flag)
+        mp_request_abandon(engine); /* a target: the role of what is held is over, and what of it still runs here ends first */
+    bool writing = engine->barrier.local[0] || engine->barrier.local[1];
+    if (engine->attach && !mp_link_draining(engine) && (engine->attach->flag || !writing)) {
         mp_command *command = engine->attach;
         engine->attach = NULL;
         mp_link_attach(engine, command);

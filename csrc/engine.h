@@ -99,7 +99,6 @@ struct mp_volume {
     bool unsynced;   /* written since the last fdatasync of a barrier */
     uint32_t clients;
     uint64_t read_bytes, written_bytes;
-    bool failed;     /* a local write failed: no bit is cleared any more, whatever was settled or flushed */
     int sync_error;  /* an fdatasync failed: what was lost is told once, so no later one is believed */
     mp_mend *mend;
 };
@@ -226,7 +225,7 @@ struct mp_engine {
     mp_volume *volume;
     uint32_t volumes;
     mp_grant grant;
-    bool asked_generation, granted; /* granted: the grant held when it was last looked at */
+    bool asked_generation, granted; /* granted: it held when last looked at, and nothing was put off since because it did not */
     mp_link link;
     mp_barrier barrier;
     mp_client *clients, *touched; /* all; those that the round has to look at */
@@ -237,6 +236,7 @@ struct mp_engine {
     mp_list free_requests;
     mp_list local;        /* submitted, to be done locally at the end of the round */
     mp_request *held_first, *held_last; /* every write that holds a range, oldest first */
+    uint64_t before[MP_REQUESTS_MAX], before_end[MP_REQUESTS_MAX]; /* scratch: ranges that still wait, in order */
     bool starved;         /* somebody did not get a request or a buffer: look again when one comes back */
     bool saving, save_running;
     uint64_t save_ticket[MP_VOLUMES_MAX];
@@ -298,6 +298,7 @@ void mp_request_run(mp_job *job, void *worker);
 /* --- serve.c --- */
 void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, const uint8_t *extra, uint32_t length);
 void mp_client_answer(mp_request *request); /* it is done: error or data; takes it over */
+bool mp_client_gone(const mp_request *request); /* nobody is there to be answered */
 void mp_client_lost(mp_request *request);   /* it never began and its client is gone; takes it over */
 void mp_clients_close(mp_engine *engine, bool graceful);
 void mp_engine_free_clients(mp_engine *engine); /* the loop has ended */
@@ -338,6 +339,7 @@ void mp_mend_job_finished(mp_job *job);
 bool mp_mend_busy(const mp_volume *volume); /* jobs run: no other session may begin */
 void mp_mend_barrier_began(mp_volume *volume);
 void mp_mend_durable(mp_volume *volume); /* that barrier ended well, with the peer */
+void mp_mend_spoil(mp_volume *volume); /* a local write failed: what is settled proves nothing any more */
 bool mp_mend_wants_barrier(const mp_volume *volume);
 void *mp_mend_want_buffer(mp_volume *volume, const mp_frame *frame); /* where the target's WANT goes; NULL: garbage */
 bool mp_mend_stuck(const mp_volume *volume, uint64_t since_ns); /* a unit was sent before that and is not settled */

@@ -288,7 +288,7 @@ void mp_mend_durable(mp_volume *volume)
     unsigned durable = mend->settled_before;
     if (!mend->source || !durable)
         return;
-    for (unsigned i = 0; i < durable && !volume->failed; i++)
+    for (unsigned i = 0; i < durable; i++)
         mp_journal_clear(&volume->journal, mend->settled[i].first, mend->settled[i].count);
     mend->settled_count -= durable;
     memmove(mend->settled, mend->settled + durable, mend->settled_count * sizeof *mend->settled);
@@ -296,6 +296,12 @@ void mp_mend_durable(mp_volume *volume)
     mend->settled_bytes = 0;
     for (unsigned i = 0; i < mend->settled_count; i++)
         mend->settled_bytes += mend->settled[i].count * volume->block;
+}
+
+void mp_mend_spoil(mp_volume *volume)
+{
+    volume->mend->settled_count = volume->mend->settled_before = 0;
+    volume->mend->settled_bytes = 0;
 }
 
 /* All that is left waits for a barrier only. */

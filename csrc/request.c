@@ -116,8 +116,10 @@ void mp_request_finished(mp_request *r)
         r->local_done = true;
         r->volume->unsynced = true;
         if (r->error) { /* the peer has what the local image lacks: so say the bits, whatever the client does now */
-            r->volume->failed = true;
             mp_journal_set(&r->volume->journal, r->at, r->part);
+            mp_mend_spoil(r->volume);
+            if (r->flags & MP_REQUEST_FUA && !r->volume->sync_error)
+                r->volume->sync_error = r->error == MP_DISK_ENDED ? EIO : r->error; /* it may have reported other lost pages */
         }
         mp_barrier_local_done(r->engine, r->parity);
         mp_request_settle(r);
@@ -261,6 +263,13 @@ static bool start(mp_request *r)
     return true;
 }
 
+static bool granted(mp_engine *engine)
+{
+    bool holds = mp_grant_holds(engine, mp_boot_ns());
+    engine->granted &= holds; /* somebody waits for it: the next time that it holds is news, however soon */
+    return holds;
+}
+
 static bool behind_one(const mp_list *waiting, const mp_request *until, const mp_request *r)
 {
     for (const mp_request *w = waiting->first; w != until; w = w->next)
@@ -278,29 +287,40 @@ void mp_request_submit(mp_request *r)
     mp_volume *volume = r->volume;
     r->at = r->offset;
     r->part = r->op == MP_OP_ZERO ? mp_min(MP_CHUNK, r->length) : r->length;
-    if (mp_grant_holds(r->engine, mp_boot_ns()) && !behind_one(&volume->waiting, NULL, r) && start(r))
+    if (granted(r->engine) && !behind_one(&volume->waiting, NULL, r) && start(r))
         return;
     mp_list_put(&volume->waiting, r);
 }
 
+static bool behind(const mp_engine *engine, uint32_t count, const mp_request *r)
+{
+    uint64_t begin = r->offset, end = begin + r->length;
+    unsigned hit = 0;
+    for (uint32_t i = 0; i < count; i++) /* without a branch, as in flight.c */
+        hit |= (unsigned)(engine->before[i] < end) & (unsigned)(begin < engine->before_end[i]);
+    return hit;
+}
+
 void mp_request_round(mp_engine *engine)
 {
-    uint64_t now = 0;
     for (uint32_t i = 0; i < engine->volumes; i++) {
         mp_volume *volume = &engine->volume[i];
         if (!volume->look_again)
             continue;
         volume->look_again = false;
-        if (!volume->waiting.first || !mp_grant_holds(engine, now ? now : (now = mp_boot_ns())))
+        if (!volume->waiting.first || !granted(engine))
             continue;
         mp_list all = volume->waiting;
         if (!all.first)
             continue;
         mp_list_init(&volume->waiting);
-        mp_request *r;
-        while ((r = mp_list_take(&all)))
-            if ((!r->placed && behind_one(&volume->waiting, NULL, r)) || !start(r))
+        uint32_t count = 0;
+        for (mp_request *r; (r = mp_list_take(&all));)
+            if ((!r->placed && behind(engine, count, r)) || !start(r)) {
+                engine->before[count] = r->offset;
+                engine->before_end[count++] = r->offset + r->length;
                 mp_list_put(&volume->waiting, r);
+            }
     }
 }
 

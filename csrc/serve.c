@@ -5,7 +5,8 @@
  *    a connection that fails is closed while its requests in flight run to their end without it.
  *  - Its payload is received straight into the buffer that goes to the peer and to the disk (W3); only what came in the same
  *    read as a request's header is copied once.
- *  - A refused WRITE's payload is read and dropped through the small input buffer, whatever length it states.
+ *  - A refused WRITE's payload is read and dropped through the small input buffer, whatever length it states, and only then
+ *    answered: libnbd does not know a request yet of which it is still sending the payload.
  *  - Answers go out in one writev per round, in any order: NBD's cookies tell them apart.
  */
 #define _GNU_SOURCE
@@ -37,8 +38,7 @@ struct mp_client {
     mp_request *receiving; /* a WRITE whose payload is coming */
     uint64_t got;
     uint64_t drain; /* bytes of a refused payload still to come */
-    uint64_t refused_cookie;
-    uint32_t refused_error;
+    mp_request *refused; /* the WRITE that they belong to: answered behind them */
     uint32_t in_hand;     /* requests read and not yet answered into `answers` */
     uint64_t outstanding; /* payload bytes of requests not yet sent back */
     uint32_t requests;    /* in hand, and answers not yet sent */
@@ -96,16 +96,27 @@ static void forget(mp_client *c)
     }
 }
 
+/* What was coming from it is not waited for any more. */
+static void forget_incoming(mp_client *c)
+{
+    c->drain = 0;
+    if (c->refused) {
+        mp_request_free(c->refused);
+        c->refused = NULL;
+        c->in_hand--;
+    }
+    if (c->receiving) {
+        mp_request_free(c->receiving);
+        c->receiving = NULL;
+    }
+}
+
 /* Nothing more is exchanged with it; what is in hand ends without it. */
 static void drop(mp_client *c)
 {
     c->closing = c->dead = true;
     c->again = false;
-    c->drain = 0;
-    if (c->receiving) {
-        mp_request_free(c->receiving);
-        c->receiving = NULL;
-    }
+    forget_incoming(c);
     for (mp_request *r; (r = mp_list_take(&c->answers));)
         mp_request_free(r);
     mp_request_forget(c, c->volume);
@@ -179,6 +190,8 @@ void mp_client_answer(mp_request *r)
     mp_list_put(&c->answers, r);
 }
 
+bool mp_client_gone(const mp_request *r) { return r->client && r->client->dead; }
+
 void mp_client_lost(mp_request *r)
 {
     r->client->in_hand--;
@@ -212,9 +225,14 @@ static bool take(mp_client *c)
     r->reply_error = mp_nbd_judge(&n, c->volume->size, c->read_only);
     if (r->reply_error) {
         r->op = MP_OP_FLUSH; /* it has no payload of its own any more */
-        c->drain = n.type == MP_NBD_WRITE ? n.length : 0;
         c->in_hand++;
-        mp_client_answer(r);
+        if (n.type == MP_NBD_WRITE && n.length) {
+            c->drain = n.length;
+            c->refused = r;
+            c->moved_ns = mp_now_ns();
+        } else {
+            mp_client_answer(r);
+        }
     } else if (payload_of(r) && !mp_request_buffer(r, n.length)) { /* nothing that waits ever waits for a buffer */
         c->requests--;
         mp_request_free(r);
@@ -252,8 +270,13 @@ static bool digest_input(mp_client *c)
             uint32_t part = (uint32_t)mp_min(there, c->drain);
             c->input_at += part;
             c->drain -= part;
+            if (part)
+                c->moved_ns = mp_now_ns();
             if (c->drain)
                 return true;
+            mp_request *refused = c->refused;
+            c->refused = NULL;
+            mp_client_answer(refused);
         } else if (c->receiving) {
             uint32_t part = (uint32_t)mp_min(there, c->receiving->length - c->got);
             memcpy(c->receiving->buffer + c->got, c->input + c->input_at, part);
@@ -378,10 +401,7 @@ void mp_clients_close(mp_engine *engine, bool graceful)
             continue;
         }
         c->closing = true; /* unread bytes are discarded (C1) */
-        if (c->receiving) {
-            mp_request_free(c->receiving);
-            c->receiving = NULL;
-        }
+        forget_incoming(c);
     }
     if (!engine->clients) {
         engine->closing_clients = false;
@@ -412,7 +432,7 @@ void mp_clients_round(mp_engine *engine)
             send_answers(c);
         if (c->again && (room || !full(c)) && !c->closing)
             read_more(c);
-        if ((c->answers.first || c->receiving) && (now ? now : (now = mp_now_ns())) > c->moved_ns + (room ? STARVING : STALLED))
+        if ((c->answers.first || c->receiving || c->refused) && (now ? now : (now = mp_now_ns())) > c->moved_ns + (room ? STARVING : STALLED))
             drop(c);
         if (over(c)) {
             untouch(c); /* what it sent last may have been answered and dropped in this very turn */
@@ -420,7 +440,7 @@ void mp_clients_round(mp_engine *engine)
             continue;
         }
         watch(c);
-        if (c->again || c->answers.first || c->receiving)
+        if (c->again || c->answers.first || c->receiving || c->refused)
             touch(c);
     }
 }

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 import engineside
 import frames
 import pytest
-from engineside import BLOCK, FLUSH, FUA, KIB, MIB, READ, WRITE, ZEROES, Client, Node, in_sync, join, new_metadata
+from engineside import BLOCK, FLUSH, FUA, KIB, MIB, READ, TRIM, WRITE, ZEROES, Client, Node, in_sync, join, new_metadata
 
 from mirrorpair import _core
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Iterator
 
     MakeNode = Callable[..., Node]
@@ -477,6 +478,25 @@ def test_an_engine_that_was_never_started_gives_its_descriptors_back(tmp_path: P
     os.close(meta)
 
 
+def test_held_writes_cost_no_time_while_they_wait(make_node: MakeNode, rng: random.Random) -> None:
+    """Each look compared every one of them with every other."""
+    node = make_node("a", 64 * MIB)
+    node.grant(_core.GRANT_PEER)  # without a peer: they all wait
+    clients = [Client(node) for _ in range(16)]
+    for client in clients:
+        batch = b"".join(
+            struct.pack(">IHHQQI", 0x25609513, 0, WRITE, i, rng.randrange(16 * KIB) * 4096, 1) + b"x"
+            for i in range(250)
+        )
+        client.sock.sendall(batch)
+    for _ in range(10):
+        node.flush()
+    begin, used = time.monotonic(), time.process_time()
+    for _ in range(3):
+        time.sleep(0.3)  # what is measured is a share, not a speed
+    assert time.process_time() - used < 0.2 * (time.monotonic() - begin)
+
+
 def test_fua_is_durable_on_both_and_resent_with_it(make_node: MakeNode) -> None:
     a = make_node("a")
     a.grant(_core.GRANT_PEER)
@@ -495,6 +515,64 @@ def test_fua_is_durable_on_both_and_resent_with_it(make_node: MakeNode) -> None:
 # --- second round
 
 
+def test_c1_a_flush_on_its_way_does_not_keep_a_closed_client(make_node: MakeNode) -> None:
+    """Its barrier became void, and the FLUSH went back to wait for a grant that does not come."""
+    a = make_node("a")
+    a.grant(_core.GRANT_PEER)
+    peer = in_sync_by_hand(a)
+    Client(a).start(FLUSH)
+    peer.expect(frames.BARRIER)
+    a.grant(_core.GRANT_NONE)
+    a.engine.close_clients(graceful=False)
+    a.engine.detach_link()
+    a.wait("clients-closed")
+
+
+def test_w9_a_local_write_of_an_earlier_role_does_not_land_on_the_next_session(make_node: MakeNode) -> None:
+    """It still stood in the pool's queue when this node became the target."""
+    a = make_node("a", 64 * MIB)
+    a.grant(_core.GRANT_PEER)
+    peer = in_sync_by_hand(a)
+    client = Client(a)
+    count = 200
+    for i in range(count):
+        client.start(WRITE, i * 64 * KIB, 3, b"old", FUA)
+    for _ in range(count):
+        frame = peer.receive()
+        assert frame is not None
+    a.grant(_core.GRANT_NONE)
+    a.engine.close_clients(graceful=False)
+    a.engine.detach_link()
+    source = attach_by_hand(a, source=False, session=10, epoch=2)
+    for i in range(count):
+        source.send(frames.WRITE, data=b"new", count=i + 1, offset=i * 64 * KIB)
+    acked = 0
+    while acked < count:
+        frame = source.receive()
+        assert frame is not None
+        acked += len(frame.meta) // 4 if frame.kind == frames.ACK else 0
+    a.wait("clients-closed")  # so nothing of theirs is on its way any more
+    content = a.content()
+    assert [i for i in range(count) if content[i * 64 * KIB : i * 64 * KIB + 3] != b"new"] == []
+
+
+def test_a10_what_came_between_two_grants_is_served_by_the_second(make_node: MakeNode) -> None:
+    """The first one ran out, the second came before a tick had noticed it."""
+    node = make_node("a")
+    node.grant(_core.GRANT_ALONE)
+    client = Client(node)
+    client.read(0, 1)
+    for _ in range(15):
+        until = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + 5_000_000
+        node.grant(_core.GRANT_ALONE, until=until)
+        while time.clock_gettime_ns(time.CLOCK_BOOTTIME) <= until:
+            time.sleep(0.001)
+        read = client.start(READ, 0, 1)
+        time.sleep(0.005)  # so that it is read, mostly; if not, this round proves nothing
+        node.grant(_core.GRANT_ALONE)
+        assert client.wait(read) == (0, b"\0")
+
+
 def test_a_read_that_had_no_buffer_is_done_when_one_comes_back(make_node: MakeNode) -> None:
     node = make_node("a")
     node.grant(_core.GRANT_ALONE)
@@ -504,12 +582,54 @@ def test_a_read_that_had_no_buffer_is_done_when_one_comes_back(make_node: MakeNo
             other.start(READ, i * MIB, MIB)
     good = Client(node)
     time.sleep(0.3)  # they have taken what there is
-    read = good.start(READ, 0, 5)
+    read = good.start(READ, 0, MIB)
     time.sleep(0.3)
-    for other in others:
-        for cookie in range(1, 5):
-            assert other.wait(cookie)[0] == 0
-    assert good.wait(read) == (0, bytes(5))
+    readers = [threading.Thread(target=lambda o=other: [o.wait(cookie) for cookie in range(1, 5)]) for other in others]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert good.wait(read) == (0, bytes(MIB))
+
+
+def test_a_resync_after_a_failed_local_write_does_not_go_on_for_ever(make_node: MakeNode) -> None:
+    a = make_node("a")
+    a.grant(_core.GRANT_ALONE)
+    client = Client(a)
+    client.write(0, b"first")
+    a.grant(_core.GRANT_PEER)
+    peer = attach_by_hand(a, source=True)
+    peer.send(frames.BITS_END)
+    peer.expect(frames.MERGED)
+    unit = peer.expect(frames.BULK)
+    with broken(a):
+        write = client.start(WRITE, 5 * BLOCK, 6, b"second")
+        peer.send(frames.ACK, struct.pack("<I", peer.expect(frames.WRITE).unit))
+        assert client.wait(write)[0] != 0
+    peer.send(frames.SETTLED, struct.pack("<QQQ", 0, BLOCK, 0), count=unit.unit)
+    copied = 0
+    peer.sock.settimeout(1.0)  # silence is an end too
+    with contextlib.suppress(TimeoutError):
+        while (frame := peer.receive()) is not None and frame.kind != frames.RESYNC_DONE:
+            if frame.kind == frames.BARRIER:
+                peer.send(frames.FLUSHED, count=frame.unit)
+            else:
+                assert frame.kind == frames.BULK
+                copied += 1
+                assert copied < 10
+                length = struct.unpack_from("<I", frame.meta)[0]
+                peer.send(frames.SETTLED, struct.pack("<QQQ", 0, length, 0), count=frame.unit)
+
+
+def test_w5_a_fua_write_that_fails_may_have_reported_lost_pages(make_node: MakeNode) -> None:
+    """pwritev2 with RWF_DSYNC takes the same once-only report from the kernel as fdatasync."""
+    node = make_node("a")
+    node.grant(_core.GRANT_ALONE)
+    client = Client(node)
+    client.write(0, b"abc")
+    with broken(node, os.O_PATH):
+        assert client.call(WRITE, 4096, 1, b"x", FUA)[0] != 0
+    assert client.call(FLUSH)[0] != 0
 
 
 def test_many_waiting_requests_do_not_stop_the_loop(make_node: MakeNode) -> None:
@@ -518,8 +638,8 @@ def test_many_waiting_requests_do_not_stop_the_loop(make_node: MakeNode) -> None
     node.grant(_core.GRANT_PEER)  # without a peer: they all wait
     for k in range(64):
         client = Client(node)
-        places = [(k * 250 + i) * 4096 for i in range(250)]
-        client.sock.sendall(b"".join(struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 1, at, 1) + b"x" for at in places))
+        places = [(k * 250 + i) * 4096 for i in range(250)]  # trims, which no buffer bounds
+        client.sock.sendall(b"".join(struct.pack(">IHHQQI", 0x25609513, 0, TRIM, 1, at, 1) for at in places))
     node.flush()
     time.sleep(1.0)
     longest = 0.0
