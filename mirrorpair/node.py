@@ -46,6 +46,7 @@ from mirrorpair.rolewords import (
     Started,
 )
 from mirrorpair.rolewords import Stop as StopEvent
+from mirrorpair.unbuilt import refuse_unbuilt
 from mirrorpair.volumes import open_all
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ class Node:
 
 def run(config: Config, name: str) -> int:
     """The daemon in the foreground, until SIGTERM or SIGINT; its exit code. MirrorpairError: it cannot start."""
+    refuse_unbuilt(config, name)
     return asyncio.run(_run(config, name))
 
 

@@ -24,6 +24,7 @@ import signal
 import socket
 import subprocess
 import threading
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
 from mirrorpair._core import Channel
@@ -43,7 +44,7 @@ KEPT_STDERR_BYTES = 4096
 log = logging.getLogger(__name__)
 
 
-class Connection:
+class Connection(ABC):
     """One open way to a far end. `name` is how it is called in messages."""
 
     def __init__(self, name: str, channel: Channel) -> None:
@@ -54,12 +55,13 @@ class Connection:
         """Why the other side is gone, as far as this side can know; empty when it cannot."""
         return ""
 
+    @abstractmethod
     def lost_before_welcome(self) -> MirrorpairError:
         """The error for a way that closed before the far end had answered."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Ends it, and what it needed. Again: no effect."""
 
     def __enter__(self) -> Self:
         return self

@@ -31,7 +31,7 @@ ROWS = [
     ["address", "arbiter", "blockstack", "control", "identity", "newfile", "twofold"],
     ["config", "metadata"],
     ["admin", "drive", "image", "outcome", "transport"],
-    ["nodecheck", "peermessages", "peersocket", "remote", "unwritten", "volumes"],
+    ["nodecheck", "peermessages", "peersocket", "remote", "unbuilt", "unwritten", "volumes"],
     ["allow", "nbdclient", "newnode", "pairing", "peercontrol", "peerdata", "sides"],
     ["datalink", "offline", "peerlink", "serve"],
     ["listener", "nodeview"],
