@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 # Programs started by tests run what is installed, not the source tree that happens to be the working folder.
 os.environ["PYTHONSAFEPATH"] = "1"
 
+# A shell without job control starts its background commands with SIGINT ignored, and everything they start inherits
+# that: an interrupt would reach nobody, whoever runs these tests as `pytest &`.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 KIB = 1024
 MIB = 1024 * KIB

@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -488,6 +489,7 @@ def test_no_message_is_repeated_more_than_a_few_times_a_second() -> None:
 def _read_until(fd: int, pattern: bytes) -> bytes:
     seen = b""
     while not re.search(pattern, seen, re.DOTALL):
+        assert select.select([fd], [], [], LIMIT_S)[0], seen
         piece = os.read(fd, 65536)
         assert piece, seen
         seen += piece
@@ -503,11 +505,14 @@ def _on_a_terminal(args: list[object], *, until: bytes) -> str:
         [*MIRRORPAIR, *map(str, args)], stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, env=env
     ) as process:
         os.close(terminal)
-        seen = _read_until(main, until)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
-            while piece := os.read(main, 65536):
-                seen += piece
-        assert process.wait(LIMIT_S) == 130
-    os.close(main)
+        try:
+            seen = _read_until(main, until)
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(OSError):  # EIO: nobody has the terminal open any more
+                while piece := os.read(main, 65536):
+                    seen += piece
+            assert process.wait(LIMIT_S) == 130
+        finally:
+            process.kill()
+            os.close(main)
     return seen.decode()
