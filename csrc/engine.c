@@ -491,12 +491,8 @@ static void forget_all(mp_engine *engine)
     mp_link_detach(engine, false, 0, "%s", "stopped");
     mp_clients_close(engine, false);
     mp_engine_free_clients(engine);
-    for (uint32_t i = 0; i < engine->requests; i++) {
-        mp_request *r = engine->request[i];
-        if (r->buffer)
-            mp_slab_put(&engine->slab, r->buffer, r->buffer_bytes);
-        r->buffer = NULL;
-    }
+    for (uint32_t i = 0; i < engine->requests; i++)
+        mp_request_drop_buffer(engine->request[i]);
 }
 
 void mp_engine_close(mp_engine *engine)

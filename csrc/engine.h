@@ -1,7 +1,7 @@
 /* engine.h - the data plane of one node: NBD clients, the replication link, resync. One loop thread, no Python in it.
  *
  * The rooms, each a .c file: engine.c (thread, commands, events, the round), request.c (one request from wait to answer),
- * serve.c (a client's connection), link.c (frames to and from the peer), barrier.c (durable on both), mend.c (resync).
+ * serve.c and longread.c (a client's connection), link.c (frames to and from the peer), barrier.c (durable on both), mend.c (resync).
  *
  * One write, source end: serve parses it -> request waits until the grant holds, nothing overlaps and the journal is hot ->
  * it holds its range, its frame is queued to the peer -> the whole batch is sent -> the local writes are done -> the peer's
@@ -53,6 +53,8 @@ struct mp_request {
     mp_op op;
     unsigned flags;
     bool apply; /* from the peer: answered by an ack */
+    bool piece, last; /* of a long read; the last of its pieces */
+    uint64_t serial;  /* in the order they came; a piece has its read's */
     uint64_t cookie, offset, length;
     uint64_t at, part;  /* the step in hand: [at, at + part) */
     uint8_t *buffer;
@@ -67,6 +69,7 @@ struct mp_request {
     bool placed; /* stands in the flight: from its first step to its end */
     int error;
     uint8_t meta[16], reply[MP_NBD_REPLY];
+    uint8_t reply_bytes; /* a later piece has none */
     uint32_t reply_error;
 };
 
@@ -234,6 +237,7 @@ struct mp_engine {
     mp_request **request; /* by index */
     uint32_t requests, requests_busy;
     mp_list free_requests;
+    uint64_t serial; /* of the last request that was submitted */
     mp_list local;        /* submitted, to be done locally at the end of the round */
     mp_request *held_first, *held_last; /* every write that holds a range, oldest first */
     uint64_t before[MP_REQUESTS_MAX], before_end[MP_REQUESTS_MAX]; /* scratch: ranges that still wait, in order */
@@ -281,7 +285,8 @@ void mp_engine_hurry(mp_engine *engine); /* something begins: the tick of an idl
 /* --- request.c --- */
 mp_request *mp_request_new(mp_engine *engine); /* NULL: none free; `starved` is set */
 void mp_request_free(mp_request *request);
-bool mp_request_buffer(mp_request *request, uint64_t length); /* false: not now; `starved` is set */
+bool mp_request_buffer(mp_request *request, uint64_t length); /* false: not now; `starved` is set. A read's: one piece at most */
+void mp_request_drop_buffer(mp_request *request);
 void mp_request_submit(mp_request *request);  /* read, parsed and judged: from here on it ends in an answer */
 void mp_request_round(mp_engine *engine);     /* starts what can be started */
 void mp_request_do_local(mp_engine *engine);  /* the batch's local part */
@@ -303,6 +308,9 @@ void mp_client_lost(mp_request *request);   /* it never began and its client is 
 void mp_clients_close(mp_engine *engine, bool graceful);
 void mp_engine_free_clients(mp_engine *engine); /* the loop has ended */
 void mp_clients_round(mp_engine *engine);   /* sends answers, goes on reading where it had to stop */
+
+/* --- longread.c --- */
+bool mp_long_reads_first(const mp_request *write); /* its own client's long read in front of it has not come so far */
 
 /* --- link.c --- */
 void mp_link_attach(mp_engine *engine, mp_command *command);

@@ -348,6 +348,8 @@ static mp_request *receive_write(mp_engine *engine, const mp_frame *frame)
         return NULL;
     }
     mp_request *r = mp_request_new(engine);
+    if (r)
+        r->op = zero ? MP_OP_ZERO : MP_OP_WRITE; /* says whose budget the buffer is of */
     if (r && !zero && !mp_request_buffer(r, frame->length)) {
         mp_request_free(r);
         r = NULL;
@@ -358,7 +360,6 @@ static mp_request *receive_write(mp_engine *engine, const mp_frame *frame)
     }
     r->volume = volume;
     r->apply = true;
-    r->op = zero ? MP_OP_ZERO : MP_OP_WRITE;
     r->flags = (frame->flags & FLAG_FUA ? MP_REQUEST_FUA : 0u) | (frame->flags & FLAG_NO_HOLE ? MP_REQUEST_NO_HOLE : 0u);
     r->cookie = frame->count;
     r->session = frame->session;

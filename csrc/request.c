@@ -7,7 +7,8 @@
  *   held                      (own links) it holds its range until it is done locally and at the peer
  *   barrier.next / .flushing  a FLUSH
  *   a client's answers
- * A long trim or zero goes through waiting once for each step of MP_CHUNK.
+ * A long trim or zero goes through waiting once for each step of MP_CHUNK; a long read is many requests (longread.c).
+ * `waiting` is in the order in which they came: who came earlier never waits for who came later, but for what is in flight.
  */
 #define _GNU_SOURCE
 #include "engine.h"
@@ -46,20 +47,25 @@ mp_request *mp_request_new(mp_engine *engine)
 
 bool mp_request_buffer(mp_request *r, uint64_t length)
 {
-    r->buffer = mp_slab_get(&r->engine->slab, length);
+    r->buffer = r->op == MP_OP_READ ? mp_slab_get_read(&r->engine->slab, length) : mp_slab_get(&r->engine->slab, length);
     r->buffer_bytes = length;
     if (!r->buffer)
         r->engine->starved = true;
     return r->buffer != NULL;
 }
 
+void mp_request_drop_buffer(mp_request *r)
+{
+    if (r->buffer)
+        (r->op == MP_OP_READ ? mp_slab_put_read : mp_slab_put)(&r->engine->slab, r->buffer, r->buffer_bytes);
+    r->buffer = NULL;
+}
+
 void mp_request_free(mp_request *r)
 {
     mp_engine *engine = r->engine;
     MP_ASSERT(!r->holds && !r->on_wire && !r->placed);
-    if (r->buffer)
-        mp_slab_put(&engine->slab, r->buffer, r->buffer_bytes);
-    r->buffer = NULL;
+    mp_request_drop_buffer(r);
     engine->requests_busy--;
     mp_list_put(&engine->free_requests, r);
 }
@@ -203,6 +209,23 @@ static void answer(mp_request *r)
     mp_client_answer(r);
 }
 
+/* What came after it stays after it. */
+static void wait_in_line(mp_request *r)
+{
+    mp_list *waiting = &r->volume->waiting;
+    if (!waiting->first || r->serial == r->engine->serial) {
+        mp_list_put(waiting, r);
+        return;
+    }
+    mp_request **at = &waiting->first;
+    while (*at && (*at)->serial <= r->serial)
+        at = &(*at)->next;
+    r->next = *at;
+    *at = r;
+    if (!r->next)
+        waiting->last = &r->next;
+}
+
 void mp_request_settle(mp_request *r)
 {
     if (!r->holds || !r->local_done || !r->peer_done || r->on_wire)
@@ -216,11 +239,7 @@ void mp_request_settle(mp_request *r)
     }
     r->at = next;
     r->part = mp_min(MP_CHUNK, end - next);
-    mp_list *waiting = &r->volume->waiting; /* in front: what came after it stays after it */
-    r->next = waiting->first;
-    waiting->first = r;
-    if (!r->next)
-        waiting->last = &r->next;
+    wait_in_line(r);
 }
 
 /* Whether a write may be submitted at all: to the peer, or alone. */
@@ -250,12 +269,12 @@ static bool start(mp_request *r)
         r->error = 0;
         if (mp_flight_full(&volume->reading))
             return false;
-        r->place = mp_flight_enter(&volume->reading, r->at, r->part);
+        r->place = mp_flight_enter(&volume->reading, r->offset, r->length);
         r->holds = true;
         mp_pool_submit(&r->engine->pool, &r->job);
         return true;
     }
-    if (!r->placed && (mp_flight_full(&volume->flight) || mp_flight_overlaps(&volume->reading, r->offset, r->length)))
+    if (!r->placed && (mp_flight_full(&volume->flight) || mp_flight_overlaps(&volume->reading, r->offset, r->length) || mp_long_reads_first(r)))
         return false;
     if (!writable(r->engine) || !mp_journal_enter(&volume->journal, r->at, r->part))
         return false;
@@ -270,9 +289,9 @@ static bool granted(mp_engine *engine)
     return holds;
 }
 
-static bool behind_one(const mp_list *waiting, const mp_request *until, const mp_request *r)
+static bool behind_one(const mp_list *waiting, const mp_request *r)
 {
-    for (const mp_request *w = waiting->first; w != until; w = w->next)
+    for (const mp_request *w = waiting->first; w && w->serial < r->serial; w = w->next)
         if (w->offset < r->offset + r->length && r->offset < w->offset + w->length)
             return true;
     return false;
@@ -285,11 +304,13 @@ void mp_request_submit(mp_request *r)
         return;
     }
     mp_volume *volume = r->volume;
+    if (!r->piece)
+        r->serial = ++r->engine->serial;
     r->at = r->offset;
     r->part = r->op == MP_OP_ZERO ? mp_min(MP_CHUNK, r->length) : r->length;
-    if (granted(r->engine) && !behind_one(&volume->waiting, NULL, r) && start(r))
+    if (granted(r->engine) && !behind_one(&volume->waiting, r) && start(r))
         return;
-    mp_list_put(&volume->waiting, r);
+    wait_in_line(r);
 }
 
 static bool behind(const mp_engine *engine, uint32_t count, const mp_request *r)

@@ -7,49 +7,28 @@
  *    read as a request's header is copied once.
  *  - A refused WRITE's payload is read and dropped through the small input buffer, whatever length it states, and only then
  *    answered: libnbd does not know a request yet of which it is still sending the payload.
- *  - Answers go out in one writev per round, in any order: NBD's cookies tell them apart.
+ *  - Answers go out in one writev per round, in any order: NBD's cookies tell them apart. A long read is answered in pieces
+ *    (longread.c).
  */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "client.h"
 
 #include <errno.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define INPUT (64u << 10)
+#define INPUT MP_CLIENT_INPUT
 #define STRAIGHT (16u << 10)               /* a payload of which more than this is missing goes past the input buffer */
-#define OUTSTANDING ((uint64_t)4 << 20)    /* payload of one client's requests in hand; one larger request is always let in */
+#define OUTSTANDING ((uint64_t)4 << 20)    /* payload of one client's writes in hand; one larger one is always let in */
 #define READS 8u                           /* reads of the socket per round, so that one client does not keep the loop */
 #define REQUESTS 256u                      /* of one client, in hand and unread answers */
 #define STALLED ((uint64_t)30 * 1000000000) /* a client that takes nothing of its answers, or sends nothing of its payload, */
 #define STARVING ((uint64_t)10 * 1000000000) /* for so long is hung up on; the second while others get no buffer for it */
 #define BATCH 32u                          /* answers per writev */
 
-struct mp_client {
-    mp_client *next, **self;
-    mp_client *next_touched;
-    bool touched;
-    mp_engine *engine;
-    mp_volume *volume;
-    int fd;
-    bool read_only, closing, dead, again; /* closing: no more is read; dead: no more is sent; again: unread bytes are here */
-    uint32_t input_at, input_end;
-    mp_request *receiving; /* a WRITE whose payload is coming */
-    uint64_t got;
-    uint64_t drain; /* bytes of a refused payload still to come */
-    mp_request *refused; /* the WRITE that they belong to: answered behind them */
-    uint32_t in_hand;     /* requests read and not yet answered into `answers` */
-    uint64_t outstanding; /* payload bytes of requests not yet sent back */
-    uint32_t requests;    /* in hand, and answers not yet sent */
-    mp_list answers;
-    uint64_t sent;        /* bytes of the first answer that went */
-    uint64_t moved_ns;    /* when a byte of an answer or of a payload last moved, or the first was due */
-    uint8_t input[INPUT];
-};
-
 /* An idle client costs a round nothing: only those that something happened to are looked at. */
-static void touch(mp_client *c)
+void mp_client_touch(mp_client *c)
 {
     if (c->touched)
         return;
@@ -68,8 +47,6 @@ static void untouch(mp_client *c)
     *at = c->next_touched;
     c->touched = false;
 }
-
-static uint64_t payload_of(const mp_request *r) { return r->op == MP_OP_READ || r->op == MP_OP_WRITE ? r->length : 0; }
 
 static bool full(const mp_client *c) { return c->outstanding >= OUTSTANDING || c->requests >= REQUESTS; }
 
@@ -112,11 +89,12 @@ static void forget_incoming(mp_client *c)
 }
 
 /* Nothing more is exchanged with it; what is in hand ends without it. */
-static void drop(mp_client *c)
+void mp_client_drop(mp_client *c)
 {
     c->closing = c->dead = true;
     c->again = false;
     forget_incoming(c);
+    mp_long_drop(c);
     for (mp_request *r; (r = mp_list_take(&c->answers));)
         mp_request_free(r);
     mp_request_forget(c, c->volume);
@@ -125,6 +103,18 @@ static void drop(mp_client *c)
 
 static bool over(const mp_client *c) { return c->closing && !c->in_hand && !c->answers.first && !c->receiving; }
 
+static uint64_t data_bytes(const mp_request *r) { return r->op == MP_OP_READ && !r->reply_error ? r->length : 0; }
+
+/* It was sent. */
+static void dispose(mp_client *c, mp_request *r)
+{
+    c->outstanding -= r->op == MP_OP_WRITE ? r->length : 0;
+    if (r->op == MP_OP_READ && r->buffer)
+        c->reads -= mp_slab_bytes(r->buffer_bytes);
+    c->requests -= !r->piece || r->last;
+    mp_request_free(r);
+}
+
 static void send_answers(mp_client *c)
 {
     while (c->answers.first && !c->dead) {
@@ -132,7 +122,7 @@ static void send_answers(mp_client *c)
         unsigned parts = 0;
         uint64_t skip = c->sent;
         for (mp_request *r = c->answers.first; r && parts + 2 <= BATCH * 2; r = r->next) {
-            struct iovec piece[2] = {{r->reply, MP_NBD_REPLY}, {r->buffer, r->op == MP_OP_READ && !r->reply_error ? r->length : 0}};
+            struct iovec piece[2] = {{r->reply, r->reply_bytes}, {r->buffer, data_bytes(r)}};
             for (int i = 0; i < 2; i++) {
                 if (skip >= piece[i].iov_len) {
                     skip -= piece[i].iov_len;
@@ -148,23 +138,28 @@ static void send_answers(mp_client *c)
             if (errno == EINTR)
                 continue;
             if (errno != EAGAIN && errno != EWOULDBLOCK)
-                drop(c);
+                mp_client_drop(c);
             return;
         }
         c->moved_ns = mp_now_ns();
         c->sent += (uint64_t)sent;
         while (c->answers.first) {
             mp_request *r = c->answers.first;
-            uint64_t whole = MP_NBD_REPLY + (r->op == MP_OP_READ && !r->reply_error ? r->length : 0);
+            uint64_t whole = r->reply_bytes + data_bytes(r);
             if (c->sent < whole)
                 break;
             c->sent -= whole;
             mp_list_take(&c->answers);
-            c->outstanding -= payload_of(r);
-            c->requests--;
-            mp_request_free(r);
+            dispose(c, r);
         }
     }
+}
+
+void mp_client_put(mp_client *c, mp_request *r)
+{
+    if (!c->answers.first)
+        c->moved_ns = mp_now_ns();
+    mp_list_put(&c->answers, r);
 }
 
 void mp_client_answer(mp_request *r)
@@ -175,19 +170,25 @@ void mp_client_answer(mp_request *r)
         return;
     }
     c->in_hand--;
-    touch(c);
+    mp_client_touch(c);
+    if (r->piece) {
+        mp_long_arrived(r);
+        return;
+    }
     if (c->dead) {
         mp_request_free(r);
         return;
     }
     if (r->buffer && (r->op == MP_OP_WRITE || r->reply_error)) { /* the budget is for those who still need it */
-        mp_slab_put(&r->engine->slab, r->buffer, r->buffer_bytes);
-        r->buffer = NULL;
+        c->reads -= r->op == MP_OP_READ ? mp_slab_bytes(r->buffer_bytes) : 0;
+        mp_request_drop_buffer(r);
     }
+    r->reply_bytes = MP_NBD_REPLY;
     mp_nbd_reply(r->reply, r->cookie, r->reply_error);
-    if (!c->answers.first)
-        c->moved_ns = mp_now_ns();
-    mp_list_put(&c->answers, r);
+    if (c->opened) /* between two pieces */
+        mp_list_put(&c->later, r);
+    else
+        mp_client_put(c, r);
 }
 
 bool mp_client_gone(const mp_request *r) { return r->client && r->client->dead; }
@@ -195,7 +196,8 @@ bool mp_client_gone(const mp_request *r) { return r->client && r->client->dead; 
 void mp_client_lost(mp_request *r)
 {
     r->client->in_hand--;
-    touch(r->client);
+    r->client->pieces -= r->piece;
+    mp_client_touch(r->client);
     mp_request_free(r);
 }
 
@@ -204,7 +206,7 @@ static bool take(mp_client *c)
 {
     mp_nbd_request n;
     if (!mp_nbd_parse(c->input + c->input_at, &n)) {
-        drop(c); /* whatever this is, nothing behind it can be understood */
+        mp_client_drop(c); /* whatever this is, nothing behind it can be understood */
         return false;
     }
     if (n.type == MP_NBD_DISCONNECT) {
@@ -233,7 +235,13 @@ static bool take(mp_client *c)
         } else {
             mp_client_answer(r);
         }
-    } else if (payload_of(r) && !mp_request_buffer(r, n.length)) { /* nothing that waits ever waits for a buffer */
+    } else if (r->op == MP_OP_READ && n.length > MP_SLAB_READ_MAX) {
+        c->in_hand++;
+        c->input_at += MP_NBD_REQUEST;
+        mp_long_begin(r);
+        return !c->dead;
+    } else if ((r->op == MP_OP_READ && !mp_client_may_read(c, n.length))
+               || (r->op <= MP_OP_WRITE && !mp_request_buffer(r, n.length))) { /* nothing that waits ever waits for a buffer */
         c->requests--;
         mp_request_free(r);
         return false;
@@ -244,7 +252,7 @@ static bool take(mp_client *c)
         c->outstanding += n.length;
     } else {
         c->in_hand++;
-        c->outstanding += payload_of(r);
+        c->reads += r->op == MP_OP_READ ? mp_slab_bytes(n.length) : 0;
         c->input_at += MP_NBD_REQUEST;
         mp_request_submit(r);
         return true;
@@ -319,11 +327,11 @@ static bool read_some(mp_client *c)
         return false;
     if (got <= 0) {
         if (got < 0 || c->receiving || c->drain || c->input_end != c->input_at)
-            drop(c); /* in the middle of something */
+            mp_client_drop(c); /* in the middle of something */
         else if (!c->in_hand && !c->answers.first)
             c->closing = true;
         else
-            drop(c); /* hung up with answers pending: nobody is there to read them */
+            mp_client_drop(c); /* hung up with answers pending: nobody is there to read them */
         return false;
     }
     if (!straight) {
@@ -351,16 +359,18 @@ static void read_more(mp_client *c)
 static void on_client(void *argument, unsigned events)
 {
     mp_client *c = argument;
-    touch(c);
-    if (events & MP_LOOP_WRITE)
+    mp_client_touch(c);
+    if (events & MP_LOOP_WRITE) {
         send_answers(c);
+        mp_long_pump(c);
+    }
     if (events & MP_LOOP_READ && !c->closing)
         read_more(c);
     else if (events & MP_LOOP_READ && !c->dead && c->closing) { /* hung up after it had said goodbye, or while we close */
         uint8_t rest[4096];
         ssize_t got = recv(c->fd, rest, sizeof rest, MSG_DONTWAIT);
         if (got == 0 || (got < 0 && errno != EAGAIN && errno != EINTR))
-            drop(c);
+            mp_client_drop(c);
     }
 }
 
@@ -377,6 +387,7 @@ void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, c
     c->fd = fd;
     c->read_only = read_only;
     mp_list_init(&c->answers);
+    mp_long_init(c);
     if (length)
         memcpy(c->input, extra, length);
     c->input_end = length;
@@ -387,7 +398,7 @@ void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, c
     engine->clients = c;
     engine->client_count++;
     c->volume->clients++;
-    touch(c);
+    mp_client_touch(c);
     mp_event_post(engine, MP_EVENT_CLIENT, volume, c->volume->clients, "came");
 }
 
@@ -395,9 +406,9 @@ void mp_clients_close(mp_engine *engine, bool graceful)
 {
     engine->closing_clients = true;
     for (mp_client *c = engine->clients; c; c = c->next) {
-        touch(c);
+        mp_client_touch(c);
         if (!graceful) {
-            drop(c);
+            mp_client_drop(c);
             continue;
         }
         c->closing = true; /* unread bytes are discarded (C1) */
@@ -428,19 +439,26 @@ void mp_clients_round(mp_engine *engine)
     for (; c; c = next) {
         next = c->next_touched;
         c->touched = false;
-        if (c->answers.first)
+        mp_long_pump(c);
+        for (unsigned turn = 0; c->answers.first && turn < READS; turn++) { /* what was sent makes room for more of a long read */
+            const mp_request *whole = c->whole.first;
+            uint64_t put = c->put;
             send_answers(c);
+            mp_long_pump(c);
+            if (c->put == put && c->whole.first == whole)
+                break;
+        }
         if (c->again && (room || !full(c)) && !c->closing)
             read_more(c);
         if ((c->answers.first || c->receiving || c->refused) && (now ? now : (now = mp_now_ns())) > c->moved_ns + (room ? STARVING : STALLED))
-            drop(c);
+            mp_client_drop(c);
         if (over(c)) {
             untouch(c); /* what it sent last may have been answered and dropped in this very turn */
             forget(c);
             continue;
         }
         watch(c);
-        if (c->again || c->answers.first || c->receiving || c->refused)
-            touch(c);
+        if (c->again || c->answers.first || c->receiving || c->refused || (c->whole.first && !c->pieces))
+            mp_client_touch(c);
     }
 }

@@ -20,9 +20,11 @@ static unsigned class_of(uint64_t length)
 
 void mp_slab_init(mp_slab *slab) { memset(slab, 0, sizeof *slab); }
 
-static const uint64_t budget[MP_SLAB_GROUPS] = {MP_SLAB_SMALL, MP_SLAB_MIDDLE, MP_SLAB_LARGE};
+enum { SMALL, MIDDLE, LARGE, READS };
 
-static unsigned group_of(uint64_t bytes) { return bytes <= 131072 ? 0 : bytes <= (2u << 20) ? 1 : 2; }
+static const uint64_t budget[MP_SLAB_GROUPS] = {MP_SLAB_SMALL, MP_SLAB_MIDDLE, MP_SLAB_LARGE, MP_SLAB_READS};
+
+static unsigned group_of(uint64_t bytes) { return bytes <= 131072 ? SMALL : bytes <= (2u << 20) ? MIDDLE : LARGE; }
 
 static bool drop_one(mp_slab *slab, unsigned but)
 {
@@ -46,36 +48,32 @@ void mp_slab_close(mp_slab *slab)
         ;
 }
 
-void *mp_slab_get(mp_slab *slab, uint64_t length)
+static void *get(mp_slab *slab, unsigned class, unsigned group)
 {
-    unsigned class = class_of(length);
     uint64_t bytes = class_bytes[class];
-    uint64_t *used = &slab->used[group_of(bytes)];
-    if (*used + bytes > budget[group_of(bytes)])
+    if (slab->used[group] + bytes > budget[group])
         return NULL;
     struct mp_slab_free *buffer = slab->kept[class];
     if (buffer) {
         slab->kept[class] = buffer->next;
-        *used += bytes;
+        slab->used[group] += bytes;
         return buffer;
     }
-    while (slab->held + bytes > MP_SLAB_SMALL + MP_SLAB_MIDDLE + MP_SLAB_LARGE && drop_one(slab, class))
+    while (slab->held + bytes > MP_SLAB_ALL && drop_one(slab, class))
         ;
     void *fresh = aligned_alloc(4096, bytes);
     if (!fresh)
         return NULL;
     slab->held += bytes;
-    *used += bytes;
+    slab->used[group] += bytes;
     return fresh;
 }
 
-void mp_slab_put(mp_slab *slab, void *buffer, uint64_t length)
+static void put(mp_slab *slab, void *buffer, unsigned class, unsigned group)
 {
-    unsigned class = class_of(length);
     uint64_t bytes = class_bytes[class];
-    uint64_t *used = &slab->used[group_of(bytes)];
-    MP_ASSERT(*used >= bytes);
-    *used -= bytes;
+    MP_ASSERT(slab->used[group] >= bytes);
+    slab->used[group] -= bytes;
     if (bytes > (uint64_t)4 << 20) { /* too dear to keep: an idle node must not hold 32 MiB for a client of yesterday */
         slab->held -= bytes;
         free(buffer);
@@ -85,3 +83,16 @@ void mp_slab_put(mp_slab *slab, void *buffer, uint64_t length)
     kept->next = slab->kept[class];
     slab->kept[class] = kept;
 }
+
+void *mp_slab_get(mp_slab *slab, uint64_t length) { return get(slab, class_of(length), group_of(mp_slab_bytes(length))); }
+void mp_slab_put(mp_slab *slab, void *buffer, uint64_t length) { put(slab, buffer, class_of(length), group_of(mp_slab_bytes(length))); }
+
+void *mp_slab_get_read(mp_slab *slab, uint64_t length)
+{
+    MP_ASSERT(length <= MP_SLAB_READ_MAX);
+    return get(slab, class_of(length), READS);
+}
+
+void mp_slab_put_read(mp_slab *slab, void *buffer, uint64_t length) { put(slab, buffer, class_of(length), READS); }
+uint64_t mp_slab_bytes(uint64_t length) { return class_bytes[class_of(length)]; }
+uint64_t mp_slab_free_for_reads(const mp_slab *slab) { return budget[READS] - slab->used[READS]; }

@@ -213,7 +213,7 @@ def test_a_client_that_queues_reads_and_hangs_up_is_harmless(alone: Node) -> Non
 
 def test_idle_and_slow_clients_do_not_stop_the_others(alone: Node) -> None:
     idle = [Client(alone) for _ in range(200)]
-    slow = [Client(alone) for _ in range(5)]
+    slow = [Client(alone) for _ in range(10)]
     for client in slow:  # ask for more than the socket holds, and read nothing
         for _ in range(8):
             client.start(READ, 0, MIB)
