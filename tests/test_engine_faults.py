@@ -1,0 +1,105 @@
+"""What the data plane does when something is slow or fails: clients, disks, the peer. Each test failed before its repair.
+
+The image's descriptor is what fails on demand (see test_engine_review.py), or the file behind it is made shorter: then a
+read meets its end. Rules by id in the names.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from engineside import BLOCK, EIO, FLUSH, KIB, MIB, READ, WRITE, Client, Node
+
+from mirrorpair import _core
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    MakeNode = Callable[..., Node]
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[MakeNode]:
+    made: list[Node] = []
+
+    def make(name: str, *sizes: int, block: int = BLOCK) -> Node:
+        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block))
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.close()
+
+
+# --- 1: long reads
+
+
+def test_readers_that_take_nothing_hold_a_bounded_amount_each(make_node: MakeNode) -> None:
+    """20 of them, each with 8 MiB of answers, took all buffers, and stopped long reads."""
+    node = make_node("a")
+    node.grant(_core.GRANT_ALONE)
+    slow = [Client(node) for _ in range(20)]
+    for client in slow:
+        for i in range(8):
+            client.start(READ, i * MIB, MIB)
+    node.flush()
+    other = Client(node)
+    for i in range(20):
+        assert other.read(i * 512 * KIB, MIB) == bytes(MIB)
+        other.write(i * 512 * KIB, bytes(MIB))
+    assert node.engine.volume_status(0).read_bytes < 200 * MIB
+    assert node.engine.volume_status(0).clients == 21
+    for client in slow[:3]:  # and they get all of it when they want it
+        assert all(client.wait(cookie) == (0, bytes(MIB)) for cookie in range(1, 9))
+
+
+@pytest.mark.parametrize("length", [128 * KIB + 1, MIB, 5 * MIB + 77, 32 * MIB])
+def test_a_long_read_between_other_answers(make_node: MakeNode, rng: random.Random, length: int) -> None:
+    node = make_node("a", 40 * MIB)
+    data = rng.randbytes(40 * MIB)
+    os.pwrite(node.fds[0], data, 0)
+    node.grant(_core.GRANT_ALONE)
+    client = Client(node)
+    offset = rng.randrange(40 * MIB - length + 1)
+    first, write = client.start(READ, offset, length), client.start(WRITE, offset, 3, b"new")
+    small, second = client.start(READ, 3, 5000), client.start(READ, offset, length)
+    flush = client.start(FLUSH)
+    assert client.wait(first) == (0, data[offset : offset + length])  # W2: before the write that came behind it
+    assert client.wait(write) == client.wait(flush) == (0, b"")
+    after = data[:offset] + b"new" + data[offset + 3 :]
+    assert client.wait(small) == (0, after[3:5003])
+    assert client.wait(second) == (0, after[offset : offset + length])
+
+
+def test_another_clients_write_does_not_wait_for_a_reader_that_takes_nothing(make_node: MakeNode) -> None:
+    node = make_node("a")
+    node.grant(_core.GRANT_ALONE)
+    slow, other = Client(node), Client(node)
+    slow.start(READ, 0, 16 * MIB)
+    node.flush()
+    for i in range(16):
+        other.write(i * MIB, b"x" * MIB)
+    assert other.call(FLUSH) == (0, b"")
+
+
+def test_a_read_that_fails_is_answered_and_one_that_fails_behind_its_header_ends_the_connection(
+    make_node: MakeNode,
+) -> None:
+    node = make_node("a", 64 * MIB)
+    node.grant(_core.GRANT_ALONE)
+    os.ftruncate(node.fds[0], 60 * MIB)
+    client = Client(node)
+    assert client.call(READ, 59 * MIB + 512 * KIB, MIB) == (EIO, b"")  # all of it is read in front of the header
+    client.write(0, b"goes on")
+    assert client.read(0, 7) == b"goes on"
+    client.start(READ, 50 * MIB, 14 * MIB)
+    got = 0
+    while piece := client.sock.recv(MIB):
+        got += len(piece)
+    assert MIB <= got - 16 <= 10 * MIB
+    assert "the image ends there" in node.wait("disk-error").text
+    assert Client(node).read(0, 7) == b"goes on"
