@@ -1,7 +1,6 @@
-"""What the data plane does when something is slow or fails: clients, disks, the peer. Each test failed before its repair.
+"""What the data plane does when a client is slow or a read fails. Rules by id in the names.
 
-The image's descriptor is what fails on demand (see test_engine_review.py), or the file behind it is made shorter: then a
-read meets its end. Rules by id in the names.
+The file behind an image is made shorter where a read shall fail: it meets the image's end.
 """
 
 from __future__ import annotations
