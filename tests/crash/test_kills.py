@@ -1,0 +1,215 @@
+"""kill -9 of either daemon, or of both, at the Nth system call of a kind: nothing acknowledged is lost, and the images
+are equal again.
+
+Rules:
+- Every kind of call that a daemon makes in a phase kills it there at least once: what did not happen (fewer than N were
+  made) is done again with N = 1, which must happen. CALLS says how many are made, about.
+- N is chosen by the test's seed. MIRRORPAIR_TEST_EVERY=1 takes every N, before and after the call: for the night, some
+  hours. MIRRORPAIR_TEST_SEED=n repeats a run.
+- Nobody but the oracle says what must be there, and no round needs --accept-data-loss.
+- Several pairs are at it at a time: a round waits more than it works. Which pair a case goes to is fixed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from rig import EVERY, Rig
+
+from mirrorpair.errors import MirrorpairError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from subprocess import Popen
+
+    from pair import Daemon
+
+LANES = 3
+
+
+class Shot(NamedTuple):
+    name: str
+    call: str
+    when: int
+    after: bool
+
+
+Phase = "Callable[[Rig, Daemon, Shot | None], None]"
+
+
+def arm(rig: Rig, shot: Shot | None) -> None:
+    if shot is not None:
+        rig.arm(*shot)
+
+
+# --- the phases: each ends with the victim dead
+
+
+def writing(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """A4, A7, A17, M4, W5, W7: writes, trims, FUA, FLUSH; extents enter the activity log."""
+    arm(rig, shot)
+    rig.write_until_death(victim)
+
+
+def alone(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """A4, G1, G2: the other one is lost, and a generation begins; its sole member takes its role back by itself."""
+    rig.kill(rig.pair.beta)
+    arm(rig, shot)
+    rig.write_until_death(victim, most=60)
+    rig.start(victim)
+    victim.wait("primary")
+    with victim.client() as client:
+        assert rig.oracle.write(client, 5)
+
+
+def resync(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """R1, R3, R6, G4: broken off at the source (alpha) or the target, while clients write onto it."""
+    beta = rig.pair.beta
+    rig.kill(beta)
+    with rig.clients() as (client, other):
+        rig.oracle.write(client, 60)
+        arm(rig, shot)
+        rig.start(beta, wait=False)
+        rig.oracle.write(client, 60, other=other, until=lambda: rig.died(victim))
+        rig.reach(rig.pair.alpha, "synced", victim)
+    rig.kill(victim)
+
+
+def meeting(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """M10: uuids, first ids and the record are being written on both sides."""
+    for node in rig.pair.nodes:
+        rig.kill(node)
+    rig.fresh()
+    rig.init()
+    arm(rig, shot)
+    for node in rig.pair.nodes:
+        rig.start(node, wait=False)
+    if rig.reach(rig.pair.alpha, "connected", victim):
+        with contextlib.suppress(MirrorpairError):  # it may die before anything works
+            rig.pair.alpha.promote()
+            rig.reach(rig.pair.alpha, "synced", victim)
+    rig.kill(victim)
+
+
+def roles(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """A4, A13, L0: node file, superblocks and record are being written on both sides, while a client still writes."""
+    alpha, beta = rig.pair.nodes
+    with rig.clients() as (client, _), contextlib.suppress(MirrorpairError):
+        arm(rig, shot)
+        rig.oracle.write(client, 20, stopping=True, finish=alpha.demote)
+    with contextlib.suppress(MirrorpairError):
+        beta.promote()
+        rig.reach(beta, "synced", victim)
+    rig.kill(victim)
+    if beta.process is not None and beta.status().role == "primary":
+        rig.recover(beta)
+        beta.demote()
+
+
+def restart(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """M6, M7, A4: it dies again while it starts, with what its first death left open."""
+    rig.kill(victim) if victim is rig.pair.beta else rig.write_until_death(victim, most=20)
+    arm(rig, shot)
+    rig.start(victim, wait=False)
+    rig.reach(rig.pair.alpha if victim is rig.pair.beta else rig.pair.beta, "synced", victim)
+    rig.kill(victim)
+
+
+def stop(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """A18, M6: a stop that does not end is a crash, whatever was marked before."""
+    with rig.clients() as (client, _):
+        rig.oracle.write(client, 30)
+    arm(rig, shot)
+    process = victim.process
+    assert process is not None
+    process.terminate()
+    process.wait()
+    rig.kill(victim)
+
+
+PHASES = {one.__name__: one for one in (writing, alone, resync, meeting, roles, restart, stop)}
+
+# How often each call is made in a phase, about; what is not here is not made.
+CALLS: dict[tuple[str, str], dict[str, int]] = {}
+
+
+def rounds(rng: random.Random, calls: dict[str, int], name: str) -> list[Shot]:
+    """One of each call, or all."""
+    if EVERY:
+        return [
+            Shot(name, call, n, after) for call, most in calls.items() for n in range(1, most + 1) for after in (0, 1)
+        ]
+    return [Shot(name, call, max(1, int(most ** rng.random())), rng.random() < 0.5) for call, most in calls.items()]
+
+
+def run(rig: Rig, phase: str, shot: Shot) -> None:
+    """One round, from both in sync to both in sync."""
+    victim = getattr(rig.pair, shot.name)
+    PHASES[phase](rig, victim, shot)
+    fired = rig.pages[shot.name].fired
+    primary = rig.recover()
+    if primary is not rig.pair.alpha:
+        primary.demote()
+        rig.recover(rig.pair.alpha, check=False)
+    if not fired and shot.when > 1:
+        run(rig, phase, shot._replace(when=1))
+    else:
+        assert fired or EVERY, f"{shot.name} makes no {shot.call} in the phase {phase}"
+
+
+def in_lanes(make_rig: Callable[..., Rig], rng: random.Random, cases: list[tuple[str, Shot]]) -> None:
+    """Case i is the pair's number i % LANES."""
+    rigs = [make_rig(rng=random.Random(rng.getrandbits(32))) for _ in range(LANES)]
+
+    def lane(number: int) -> None:
+        rigs[number].up()
+        for case in cases[number::LANES]:
+            run(rigs[number], *case)
+
+    with ThreadPoolExecutor(LANES) as pool:
+        for done in [pool.submit(lane, number) for number in range(LANES)]:
+            done.result()
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_killed_at_any_call(make_rig: Callable[..., Rig], rng: random.Random, name: str) -> None:
+    """The primary (alpha), or the secondary."""
+    cases = [(phase, shot) for (phase, who), calls in CALLS.items() if who == name for shot in rounds(rng, calls, name)]
+    rng.shuffle(cases)
+    in_lanes(make_rig, rng, cases)
+
+
+def test_both_killed_while_clients_write(rig: Rig, rng: random.Random) -> None:
+    """The second one dies as soon as the first one has."""
+    rig.up()
+    shots = [shot for name in ("alpha", "beta") for shot in rounds(rng, CALLS["writing", name], name)]
+    for shot in shots if EVERY else rng.sample(shots, 3):
+        one = getattr(rig.pair, shot.name)
+        other = rig.pair.beta if one is rig.pair.alpha else rig.pair.alpha
+        arm(rig, shot)
+        chase = threading.Thread(target=_chase, args=(one.process, other.process))
+        chase.start()
+        rig.write_until_death(one)
+        chase.join()
+        rig.kill(other)
+        assert rig.recover() is rig.pair.alpha
+    assert rig.oracle.acknowledged > 0
+
+
+def _chase(first: Popen[bytes], second: Popen[bytes]) -> None:
+    """SIGKILL for the second one once the first one has ended."""
+    first.wait()
+    second.kill()
+
+
+def test_every_round_is_repeated_by_its_seed(rng: random.Random) -> None:
+    """What a failure prints is enough: the same seed chooses the same calls."""
+    state = rng.getstate()
+    first = rounds(rng, CALLS["writing", "alpha"], "alpha")
+    rng.setstate(state)
+    assert rounds(rng, CALLS["writing", "alpha"], "alpha") == first
