@@ -98,6 +98,8 @@ class Rig:
         self._boots: dict[str, Path] = {}
         self.pages = {node.name: Page(pair.folder / f"{node.name}.page") for node in pair.nodes}
         self.rounds = 0
+        self.hit = False
+        """what was armed has happened; the test sets it back"""
 
     # --- processes
 
@@ -149,78 +151,6 @@ class Rig:
         for node in self.pair.nodes:
             node.until_up()
 
-    def arm(self, call: str, when: int, *, after: bool = False) -> None:
-        self._set(2 * len(CALLS), after)
-        self._set(len(CALLS) + CALLS.index(call), when)
-
-    def disarm(self) -> None:
-        for index in range(len(CALLS), 2 * len(CALLS) + 2):
-            self._set(index, 0)
-
-    @property
-    def fired(self) -> bool:
-        return bool(self._get(2 * len(CALLS) + 1))
-
-
-class Rig:
-    """A pair under crashes, with its oracle."""
-
-    def __init__(self, pair: Pair, shim: Path, rng: random.Random, place: Callable[[int], int] | None = None) -> None:
-        self.pair = pair
-        self.rng = rng
-        self.place = place
-        self.oracle = Oracle(pair.size, rng, place)
-        self.logs: dict[str, Path] = {}
-        """node -> where its writes are recorded, from its next start on"""
-        text = pair.config.read_text()
-        # Small blocks: many extents in a small volume.
-        pair.config.write_text(text.replace(f'size = "{pair.size}"', f'size = "{pair.size}"\nblock-size = "{BLOCK}"'))
-        self._shim = shim
-        self._boots: dict[str, Path] = {}
-        self.pages = {node.name: Page(pair.folder / f"{node.name}.page") for node in pair.nodes}
-        self.rounds = 0
-
-    # --- processes
-
-    def init(self) -> None:
-        config = load(str(self.pair.config))
-        for node in self.pair.nodes:
-            make_node(config, config.node(node.name), force=True)
-
-    def fresh(self) -> None:
-        """Forgets what was written: `init` comes next, and zeroes the images."""
-        for name in ("register", "node"):
-            for node in self.pair.nodes:
-                self.state(node, name).unlink(missing_ok=True)
-        self.oracle = Oracle(self.pair.size, self.rng, self.place)
-
-    def state(self, node: Daemon, name: str) -> Path:
-        return self.pair.folder / node.name / f"shop.{node.name}" / name
-
-    def new_boot(self, node: Daemon) -> None:
-        """From its next start on: as if the host had lost power. Skips where mounts are not allowed."""
-        path = self.pair.folder / f"{node.name}.boot"
-        path.write_text(f"{uuid.uuid4()}\n")
-        self._boots[node.name] = path
-
-    def start(self, node: Daemon, *, log: Path | None = None, wait: bool = True) -> None:
-        words = ["env", f"LD_PRELOAD={self._shim}", f"CRASH_PAGE={self.pages[node.name].path}"]
-        if log is not None:
-            words += [f"CRASH_LOG={log}", f"CRASH_ROOT={self.pair.folder}"]
-        if node.name in self._boots:
-            words = [*IN_BOOT, str(self._boots[node.name]), *words]
-        node.start(*words, wait=wait)
-
-    def up(self, *, logs: dict[str, Path] | None = None) -> None:
-        self.init()
-        for node in self.pair.nodes:
-            self.start(node, log=(logs or {}).get(node.name), wait=False)
-        for node in self.pair.nodes:
-            node.until_up()
-        self.pair.alpha.wait("connected")
-        self.pair.alpha.promote()
-        self.pair.synced()
-
     def arm(self, name: str, call: str, when: int, after: object) -> None:
         """SIGKILL for the node `name` before, or right after, its Nth such call from now."""
         print(f"{self.pair.folder.name} round {self.rounds}: {name} dies {'after' if after else 'at'} {call} {when}")
@@ -228,6 +158,7 @@ class Rig:
 
     def kill(self, node: Daemon) -> None:
         """Whether it is dead already or not."""
+        self.hit |= self.pages[node.name].fired
         self.pages[node.name].disarm()
         if node.process is not None:
             node.kill()

@@ -135,7 +135,30 @@ def stop(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
 PHASES = {one.__name__: one for one in (writing, alone, resync, meeting, roles, restart, stop)}
 
 # How often each call is made in a phase, about; what is not here is not made.
-CALLS: dict[tuple[str, str], dict[str, int]] = {}
+_DATA = {"pwritev2": 2, "fallocate": 3}
+_RECORD = {"write": 1, "fsync": 2, "rename": 1}
+CALLS: dict[tuple[str, str], dict[str, int]] = {
+    ("writing", "alpha"): {
+        "pwrite": 150,
+        "pwritev2": 20,
+        "fdatasync": 20,
+        "fallocate": 15,
+        "sendmsg": 200,
+        "recv": 200,
+    },
+    ("writing", "beta"): {"pwrite": 150, "pwritev2": 20, "fdatasync": 18, "fallocate": 15, "sendmsg": 100, "recv": 150},
+    ("alone", "alpha"): {"pwrite": 40, "fdatasync": 10, "sendmsg": 25, "recv": 30, **_DATA, **_RECORD},
+    ("resync", "alpha"): {"pwrite": 40, "fdatasync": 8, "sendmsg": 120, "recv": 120, **_DATA, **_RECORD},
+    ("resync", "beta"): {"pwrite": 35, "fallocate": 2, "fdatasync": 6, "sendmsg": 20, "recv": 70, **_RECORD},
+    ("meeting", "alpha"): {"pwrite": 9, "fdatasync": 10, "sendmsg": 6, "recv": 50, **_RECORD},
+    ("meeting", "beta"): {"pwrite": 9, "fdatasync": 10, "sendmsg": 6, "recv": 50, **_RECORD},
+    ("roles", "alpha"): {"pwrite": 35, "fdatasync": 15, "sendmsg": 30, "recv": 80, "fallocate": 1, **_RECORD},
+    ("roles", "beta"): {"pwrite": 15, "fdatasync": 6, "sendmsg": 10, "recv": 50, **_RECORD},
+    ("restart", "alpha"): {"pwrite": 6, "fdatasync": 8, "sendmsg": 20, "recv": 40, **_RECORD},
+    ("restart", "beta"): {"pwrite": 4, "fdatasync": 6, "sendmsg": 8, "recv": 50, **_RECORD},
+    ("stop", "alpha"): {"pwrite": 3, "fdatasync": 4, "recv": 2},
+    ("stop", "beta"): {"pwrite": 3, "fdatasync": 4, "recv": 2, **_RECORD},
+}
 
 
 def rounds(rng: random.Random, calls: dict[str, int], name: str) -> list[Shot]:
@@ -150,8 +173,9 @@ def rounds(rng: random.Random, calls: dict[str, int], name: str) -> list[Shot]:
 def run(rig: Rig, phase: str, shot: Shot) -> None:
     """One round, from both in sync to both in sync."""
     victim = getattr(rig.pair, shot.name)
+    rig.hit = False
     PHASES[phase](rig, victim, shot)
-    fired = rig.pages[shot.name].fired
+    fired = rig.hit
     primary = rig.recover()
     if primary is not rig.pair.alpha:
         primary.demote()
