@@ -179,14 +179,14 @@ class Rig:
 
     @contextlib.contextmanager
     def clients(self, primary: Daemon | None = None) -> Iterator[tuple[NbdClient, NbdClient]]:
-        """Two connections; that they are lost with a daemon is no error."""
+        """Two connections."""
         node = primary or self.pair.alpha
-        with contextlib.suppress(UnreachableError, PeerProtocolError), node.client() as one, node.client() as other:
+        with node.client() as one, node.client() as other:
             yield one, other
 
     def write_until_death(self, victim: Daemon, *, primary: Daemon | None = None, most: int = WRITES) -> None:
         """Clients write, and the victim dies of what is armed, or else at the end with requests in flight."""
-        with self.clients(primary) as (client, other):
+        with lost(), self.clients(primary) as (client, other):
             alive = self.oracle.write(client, most, other=other, until=lambda: self.died(victim))
             if not self.died(victim):
                 # N was not reached: it dies in the middle of something else.
@@ -250,6 +250,11 @@ class Rig:
         wrong = self.oracle.problems(found, flushed=flushed, **({} if at_ns is None else {"at_ns": at_ns}))
         told = "\n".join([f"{where}: {len(wrong)} or more sectors are wrong", *wrong, self.pair.logs()])
         assert not wrong, told
+
+
+def lost() -> contextlib.AbstractContextManager[None]:
+    """That connections are lost with a daemon, or cannot be had, is no error."""
+    return contextlib.suppress(UnreachableError, PeerProtocolError)
 
 
 def waited(node: Daemon, condition: str) -> bool:

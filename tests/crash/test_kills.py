@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from rig import EVERY, Rig
+from rig import EVERY, Rig, lost
 
 from mirrorpair.errors import MirrorpairError
 
@@ -71,7 +71,7 @@ def resync(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
     """R1, R3, R6, G4: broken off at the source (alpha) or the target, while clients write onto it."""
     beta = rig.pair.beta
     rig.kill(beta)
-    with rig.clients() as (client, other):
+    with lost(), rig.clients() as (client, other):
         rig.oracle.write(client, 60)
         arm(rig, shot)
         rig.start(beta, wait=False)
@@ -99,7 +99,7 @@ def meeting(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
 def roles(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
     """A4, A13, L0: node file, superblocks and record are being written on both sides, while a client still writes."""
     alpha, beta = rig.pair.nodes
-    with rig.clients() as (client, _), contextlib.suppress(MirrorpairError):
+    with lost(), rig.clients() as (client, _), contextlib.suppress(MirrorpairError):
         arm(rig, shot)
         rig.oracle.write(client, 20, stopping=True, finish=alpha.demote)
     with contextlib.suppress(MirrorpairError):
@@ -122,7 +122,7 @@ def restart(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
 
 def stop(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
     """A18, M6: a stop that does not end is a crash, whatever was marked before."""
-    with rig.clients() as (client, _):
+    with lost(), rig.clients() as (client, _):
         rig.oracle.write(client, 30)
     arm(rig, shot)
     process = victim.process
