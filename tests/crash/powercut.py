@@ -3,8 +3,8 @@
 Rules:
 - Durable is what an fdatasync or fsync covers that has ended: of the same file, and writes that had ended before it
   began. A write with RWF_DSYNC is durable when it has ended. The rest is pending, in the page cache or the disk's.
-- Of pending sectors each holds any of its versions: none ("drop"), all ("keep", as after a kill), whole writes by chance
-  ("some"), or each sector for itself ("torn": reordered and torn). Chance is the caller's `rng`: a seed repeats it.
+- Of pending sectors each holds any of its versions: none ("drop"), all ("keep", as after a kill), whole writes by
+  chance ("some"), or each sector for itself ("torn"). Chance is the caller's `rng`: a seed repeats it.
 - A file that was renamed is there as the old one or the new one until the folder was synced; one that was not synced
   before holds what was durable of it.
 - Time is CLOCK_MONOTONIC ns; a call that has begun and not ended may have happened.
