@@ -19,7 +19,7 @@ from bench import subjects as s
 from bench.settings import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from bench.campaign import Group, Series
     from bench.subjects import Subject
@@ -51,10 +51,10 @@ class Verdict:
     """The same from the fastest run of each subject; nothing when it is the same."""
 
 
-def judge(groups: Mapping[str, Group]) -> list[Verdict]:
+def judge(groups: Mapping[str, Group], goals: Iterable[Goal]) -> list[Verdict]:
     found = []
     fastest = {name: _fastest(group) for name, group in groups.items()}
-    for goal in GOALS:
+    for goal in goals:
         if goal.group not in groups:
             continue
         wanted = f"{goal.sense} {goal.bound:g}{goal.unit}"

@@ -97,7 +97,10 @@ def tool_versions(shop: Workshop) -> dict[str, str]:
         found["mirrorpair"] = _say([shop.mirrorpair(), "--version"])
     except CannotRun:
         found["mirrorpair"] = "absent"
-    for program in ("cmp", "dd", "cp", "rsync", "qemu-img", "nbdcopy", "nbdkit", "blocksync-fast", "bdsync"):
+    for program in (
+        *("cmp", "dd", "cp", "rsync", "qemu-img", "nbdcopy", "nbdkit", "blocksync-fast", "bdsync"),
+        *("fio", "qemu-nbd", "qemu-storage-daemon"),
+    ):
         found[program] = _say([program, "--version"]) if shutil.which(program) else "absent"
     return found
 

@@ -45,7 +45,7 @@ def draw(results: dict[str, Any], picture: Path) -> None:
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.invert_yaxis()
         axis.set_title(group["title"], fontsize=10)
-        axis.set_xlabel("seconds, whole command, median")
+        axis.set_xlabel(group["facts"].get("axis", "seconds, whole command, median"))
         axis.tick_params(labelsize=8)
         for index, bar in enumerate(bars):
             cut = "> " if bar["state"] == "cut" else ""

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from bench import goals, machine
+from bench import goals, livegoals, liveplans, livereport, machine
 from bench import subjects as s
 from bench.images import PATTERNS
 from bench.settings import GIB, SMALL, show_size
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bench.settings import Settings
 
 SCHEMA = "mirrorpair.bench/1"
+_GOALS = (*goals.GOALS, *livegoals.GOALS)
 _OURS = (s.VERIFY, s.LOCAL, s.PIPE, s.TCP)
 
 
@@ -55,6 +56,8 @@ def render(groups: Mapping[str, Group], about: Mapping[str, Any]) -> list[str]:
             lines += [_state_line(group), *_limits_table(group)]
         elif group.name == machine.START_UP:
             lines += _start_up_table(group)
+        elif group.name in liveplans.PLANS:
+            lines += livereport.render(group, table)
         else:
             lines += [_state_line(group), *_group_table(group)]
     lines += _overview(groups)
@@ -242,7 +245,7 @@ def _watched(groups: Mapping[str, Group]) -> list[str]:
 
 
 def _goal_table(groups: Mapping[str, Group], about: Mapping[str, Any]) -> list[str]:
-    verdicts = goals.judge(groups)
+    verdicts = goals.judge(groups, _GOALS)
     if not verdicts:
         return []
     lines = ["", "== goals =="]
@@ -291,7 +294,7 @@ def document(groups: Mapping[str, Group], about: Mapping[str, Any]) -> dict[str,
             }
             for group in groups.values()
         ],
-        "goals": [asdict(verdict) for verdict in goals.judge(groups)],
+        "goals": [asdict(verdict) for verdict in goals.judge(groups, _GOALS)],
     }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import machine
 from bench.campaign import Campaign, Group, Plan, plans
+from bench.liveplans import PLANS
 from bench.workshop import Failed, Workshop
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class Case:
 
 def cases() -> list[Case]:
     return [Case(plan.name, subject.name, subject.slug) for plan in plans() for subject in plan.subjects]
+
+
+def live_cases() -> list[Case]:
+    return [Case(plan.name, subject, slug) for plan in PLANS.values() for subject, slug in plan.cases()]
 
 
 @dataclass
@@ -67,7 +72,9 @@ class Session:
             return machine.measure_limits(self.shop)
         if name == machine.START_UP:
             return machine.measure_start_up(self.shop)
+        wanted = None if self.wanted is None else self.wanted.get(name)
+        if name in PLANS:
+            return PLANS[name].measure(self.shop, PLANS[name], wanted)
         if name not in self._plans:
             raise Failed(f"there is no group {name}")
-        wanted = None if self.wanted is None else self.wanted.get(name)
         return Campaign(self.shop, self._plans[name], wanted).run()

@@ -2,8 +2,8 @@
 
 | variable | meaning | default |
 |---|---|---|
-| MIRRORPAIR_BENCH_SIZE | size of each image | 4GiB |
-| MIRRORPAIR_BENCH_ROUNDS | runs of each subject; slow ones get fewer | 5 |
+| MIRRORPAIR_BENCH_SIZE | size of each image; live volumes have at most 1 GiB, in resyncs 2 or 4 GiB | 4GiB |
+| MIRRORPAIR_BENCH_ROUNDS | runs of each subject; slow ones get fewer, live ones at least 7, from 1 GiB on | 5 |
 | MIRRORPAIR_BENCH_LIMIT | seconds after which a peer's run is cut off and reported as "> limit" | 45 |
 | MIRRORPAIR_BENCH_COMMAND | the mirrorpair to measure | the one beside this Python, else on PATH |
 | MIRRORPAIR_BENCH_RESULTS | folder for the results as JSON | bench/results |

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from bench import machine, report
 from bench.campaign import plans
+from bench.liveplans import PLANS
 from bench.session import Session
 from bench.settings import MIB, Settings
 from bench.workshop import Failed
@@ -28,7 +29,7 @@ SIZE = 8 * MIB
 
 
 def groups() -> list[str]:
-    return [machine.LIMITS, machine.START_UP, *(plan.name for plan in plans())]
+    return [machine.LIMITS, machine.START_UP, *(plan.name for plan in plans()), *PLANS]
 
 
 def run_group(name: str, folder: Path, *, command: str | None = None, size: int = SIZE) -> Group:
