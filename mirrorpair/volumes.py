@@ -124,12 +124,8 @@ class OpenNode:
         self.file.update(role=role, clean=False, boot_id=self.boot_id)
 
     def met(self, pair_uuid: str) -> None:
-        """M10: superblocks first."""
-        for volume in self.volumes:
-            if not volume.block.pair_uuid:
-                volume.meta.update(pair_uuid=pair_uuid)
-        if not self.value.pair_uuid:
-            self.file.update(pair_uuid=pair_uuid)
+        """The pair has a uuid; it was durable nowhere before."""
+        _met(self.file, self.volumes, pair_uuid)
 
     def began_alone(self, new_id: Callable[[], int]) -> None:
         """G1, G2: the new generation of every volume."""
@@ -223,6 +219,20 @@ def open_all(config: Config, node: Node) -> OpenNode:
             image = stack.enter_context(open_target(node.images[volume.name], size=volume.size, create=False))
             distrust = difference(meta.value.identity, identify(image.fd)) or rolled_back(meta.value, file.value)
             volumes.append(OpenVolume(index, volume, image, meta, distrust))
-        if len({one.block.pair_uuid for one in volumes if one.block.pair_uuid}) > 1:
+        pairs = {one.block.pair_uuid for one in volumes if one.block.pair_uuid}
+        if len(pairs) > 1:
             raise RefusedError("the volumes' metadata are of different pairs: some of them were restored or copied")
+        if pairs and not file.value.pair_uuid:
+            # The first meeting was cut short between the superblocks and the node file. With an empty one this node
+            # would agree on another uuid at the next meeting, which its own superblocks then refuse for ever.
+            _met(file, volumes, pairs.pop())
         return OpenNode(file, volumes, stack.pop_all())
+
+
+def _met(file: Stored[NodeFile], volumes: list[OpenVolume], pair_uuid: str) -> None:
+    """M10: superblocks first."""
+    for volume in volumes:
+        if not volume.block.pair_uuid:
+            volume.meta.update(pair_uuid=pair_uuid)
+    if not file.value.pair_uuid:
+        file.update(pair_uuid=pair_uuid)
