@@ -55,6 +55,7 @@ class AdminSide:
 
     async def promote(self, *, accept_data_loss: bool, force: bool) -> str:
         async with self._one:
+            looked_again = False
             while True:
                 answer = await self._ask_roles(
                     Promote(
@@ -66,6 +67,11 @@ class AdminSide:
                 )
                 if answer.code == 0:
                     break
+                if answer.retry_at_ns is None and not looked_again and self._core.state.peer_role == "primary":
+                    # `demote` there, then `promote` here at once: a heartbeat from before may still say primary.
+                    looked_again = True
+                    await self._next_beat()
+                    continue
                 if answer.retry_at_ns is None:
                     raise RefusedError(answer.message)
                 log.info("%s", answer.message)
@@ -74,6 +80,14 @@ class AdminSide:
                 async with asyncio.timeout(SERVING_S):
                     await self.wait_for("primary")
             return answer.message
+
+    async def _next_beat(self) -> None:
+        """Until the peer has said something newer; not longer than two of its beats take."""
+        seen = self._core.peer_beat
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * self._core.config.heartbeat.interval):
+                while self._core.peer_beat is seen:
+                    await self._core.change()
 
     async def demote(self) -> str:
         async with self._one:
