@@ -37,7 +37,8 @@ static void one_header(fuzz_input *in, bool valid)
     make_valid(checked);
     bool ours = memcmp(raw, "MPR1", 4) == 0, whole = memcmp(raw + 64, checked + 64, 8) == 0;
     uint32_t length = mp_load32(raw + 8), meta = mp_load32(raw + 12);
-    bool sane = meta <= length && meta <= 262144 && length <= 262144 + 1048576;
+    uint32_t most = (mp_load32(raw + 4) & 0xffff) == 32 ? 32u << 20 : (256u << 10) + (1u << 20); /* a WRITE is as long as NBD has them */
+    bool sane = meta <= length && meta <= 262144 && length <= most;
     mp_frame_fault fault = mp_frame_decode(raw, &frame);
     FUZZ_NEED(fault == (!ours ? MP_FRAME_BAD_MAGIC : !whole ? MP_FRAME_BAD_CHECKSUM : !sane ? MP_FRAME_BAD_LENGTH : MP_FRAME_GOOD));
     if (fault == MP_FRAME_GOOD && mp_load32(raw + 76) == 0) {

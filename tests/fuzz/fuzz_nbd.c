@@ -4,49 +4,7 @@
  */
 #include "fuzz.h"
 #include "nbd.h"
-
-#include <errno.h>
-
-static uint64_t big(const uint8_t *at, unsigned bytes)
-{
-    uint64_t value = 0;
-    while (bytes--)
-        value = value << 8 | *at++;
-    return value;
-}
-
-enum { KIND_UNKNOWN, KIND_READ, KIND_CHANGE, KIND_FLUSH };
-
-typedef struct command {
-    unsigned kind, flags;
-    bool payload; /* the length is that of a payload */
-} command;
-
-static const command commands[] = {
-    [0] = {KIND_READ, 0, true},                /* READ */
-    [1] = {KIND_CHANGE, 1, true},              /* WRITE: FUA */
-    [3] = {KIND_FLUSH, 0, false},
-    [4] = {KIND_CHANGE, 1, false},             /* TRIM: FUA */
-    [6] = {KIND_CHANGE, 1 | 2, false},         /* WRITE_ZEROES: FUA, NO_HOLE */
-};
-
-/* All that is wrong with it, as a set: which of them is named is the server's choice. */
-static bool may_say(uint32_t error, const uint8_t *raw, uint64_t size, bool read_only)
-{
-    uint64_t flags = big(raw + 4, 2), type = big(raw + 6, 2), length = big(raw + 24, 4);
-    unsigned __int128 end = (unsigned __int128)big(raw + 16, 8) + length;
-    command c = type < sizeof commands / sizeof *commands ? commands[type] : (command){0};
-    bool wrong_flags = (flags & ~(uint64_t)c.flags) != 0, unknown = c.kind == KIND_UNKNOWN, ranged = c.kind == KIND_READ || c.kind == KIND_CHANGE;
-    bool forbidden = c.kind == KIND_CHANGE && read_only, too_long = ranged && c.payload && length > (32u << 20), empty = ranged && !length, outside = ranged && end > size;
-    switch (error) {
-    case 0: return !wrong_flags && !unknown && !forbidden && !too_long && !empty && !outside;
-    case 1: return forbidden;                                                   /* EPERM */
-    case 22: return unknown || wrong_flags || empty || (outside && c.kind == KIND_READ); /* EINVAL */
-    case 28: return outside && c.kind == KIND_CHANGE;                           /* ENOSPC */
-    case 75: return too_long;                                                   /* EOVERFLOW */
-    default: return false;
-    }
-}
+#include "nbd_oracle.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length)
 {
@@ -60,12 +18,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t length)
     FUZZ_NEED(parsed == (memcmp(raw, "\x25\x60\x95\x13", 4) == 0));
     memcpy(raw, "\x25\x60\x95\x13", 4); /* whatever it began with, the rest is judged */
     FUZZ_NEED(mp_nbd_parse(raw, &request));
-    FUZZ_NEED(request.flags == big(raw + 4, 2) && request.type == big(raw + 6, 2) && request.cookie == big(raw + 8, 8));
-    FUZZ_NEED(request.offset == big(raw + 16, 8) && request.length == big(raw + 24, 4));
+    FUZZ_NEED(request.flags == nbd_big(raw + 4, 2) && request.type == nbd_big(raw + 6, 2) && request.cookie == nbd_big(raw + 8, 8));
+    FUZZ_NEED(request.offset == nbd_big(raw + 16, 8) && request.length == nbd_big(raw + 24, 4));
     uint32_t error = mp_nbd_judge(&request, size, read_only);
-    FUZZ_NEED(may_say(error, raw, size, read_only));
+    FUZZ_NEED(nbd_may_say(error, raw, size, read_only));
     mp_nbd_reply(reply, request.cookie, error);
-    FUZZ_NEED(big(reply, 4) == 0x67446698u && big(reply + 4, 4) == error && memcmp(reply + 8, raw + 8, 8) == 0);
+    FUZZ_NEED(nbd_big(reply, 4) == 0x67446698u && nbd_big(reply + 4, 4) == error && memcmp(reply + 8, raw + 8, 8) == 0);
     static const uint32_t known[] = {1, 5, 12, 22, 28, 75, 95, 108}; /* all that the protocol has */
     uint32_t told = mp_nbd_error_of((int)(size % 200));
     bool good = size % 200 == 0 && told == 0;
