@@ -2,8 +2,8 @@
 
 Rules:
 - The sources are compiled once for each flavour in a run; a warning in a source of ours fails the test.
-- What this machine lacks (the compiler, a sanitizer's runtime) skips with its name; it is found out by a program that does
-  nothing.
+- What this machine lacks (the compiler, a sanitizer's runtime) skips with its name; a program that does nothing finds
+  it out.
 - A program's random seed is an argument, so that a failure can be repeated; none depends on speed.
 """
 
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ class Flavour(NamedTuple):
     main: str = "int main(void) { return 0; }"
 
 
-PLAIN = Flavour("gcc")
 THREAD = Flavour("gcc", ("-fsanitize=thread",))
 ADDRESS = Flavour("gcc", UNDEFINED)
 FUZZER = Flavour(
@@ -40,7 +40,26 @@ FUZZER = Flavour(
     (*UNDEFINED, "-fsanitize=fuzzer"),
     "int LLVMFuzzerTestOneInput(const char *d, long n) { return (void)d, (void)n, 0; }",
 )
-FLAVOURS = {"plain": PLAIN, "thread": THREAD, "address": ADDRESS}
+# The sources switch the instruction set by a pragma of GCC's; clang is told by its flags.
+CLANG_FLAGS = {
+    "digest_avx2.c": ("-mavx2", "-Wno-unknown-pragmas"),
+    "digest_avx512.c": ("-mavx512f", "-Wno-unknown-pragmas"),
+}
+# What tests/fuzz/onethread.c stands in for.
+ONETHREAD_WRAPS = tuple(
+    f"-Wl,--wrap={name}"
+    for name in (
+        "pthread_create",
+        "pthread_join",
+        "clock_gettime",
+        "epoll_wait",
+        "mp_pool_start",
+        "mp_pool_stop",
+        "mp_pool_submit",
+        "mp_pool_take",
+    )
+)
+FLAVOURS = {"thread": THREAD, "address": ADDRESS}
 
 
 def environment() -> dict[str, str]:
@@ -84,7 +103,7 @@ class Native:
         self.folder = folder
         self.prefixes: dict[Flavour, tuple[str, ...]] = {}
         self.objects: dict[tuple[Path, Flavour], Path] = {}
-        self.programs: dict[tuple[tuple[Path, ...], Flavour], Program] = {}
+        self.programs: dict[tuple[tuple[tuple[Path, ...], Path | None], Flavour], Program] = {}
 
     def prefix(self, flavour: Flavour) -> tuple[str, ...]:
         """What a program of that flavour is started with; skips where it cannot be built or started."""
@@ -106,22 +125,34 @@ class Native:
         return self.prefixes[flavour]
 
     def compile(self, source: Path, flavour: Flavour) -> Path:
-        if (source, flavour) not in self.objects:
-            target = self.folder / f"{len(self.objects)}-{source.stem}.o"
-            includes = [f"-I{folder}" for folder in INCLUDES]
-            done = call(flavour.compiler, *FLAGS, *flavour.flags, *includes, "-c", source, "-o", target)
-            assert done.returncode == 0, done.stderr
-            assert "warning:" not in done.stderr, done.stderr
-            self.objects[source, flavour] = target
-        return self.objects[source, flavour]
+        target = Path(tempfile.mkdtemp(prefix="object-", dir=self.folder), f"{source.stem}.o")
+        includes = [f"-I{folder}" for folder in INCLUDES]
+        more = CLANG_FLAGS.get(source.name, ()) if flavour.compiler == "clang" else ()
+        done = call(flavour.compiler, *FLAGS, *flavour.flags, *more, *includes, "-c", source, "-o", target)
+        assert done.returncode == 0, done.stderr
+        assert "warning:" not in done.stderr, done.stderr
+        return target
 
-    def program(self, flavour: Flavour, *sources: Path) -> Program:
-        """These sources and the whole core; the first one names it."""
-        if (sources, flavour) not in self.programs:
+    def compile_all(self, sources: tuple[Path, ...], flavour: Flavour) -> list[Path]:
+        missing = [source for source in sources if (source, flavour) not in self.objects]
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            made = threads.map(lambda source: self.compile(source, flavour), missing)
+            for source, target in zip(missing, made, strict=True):
+                self.objects[source, flavour] = target
+        return [self.objects[source, flavour] for source in sources]
+
+    def program(
+        self, flavour: Flavour, *sources: Path, link: tuple[str, ...] = (), changed: Path | None = None
+    ) -> Program:
+        """These sources and the whole core; the first one names it. `link`: flags for the linker; `changed` stands in
+        for the core's source of that name."""
+        key = (sources, changed)
+        if (key, flavour) not in self.programs:
             prefix = self.prefix(flavour)
-            objects = [self.compile(source, flavour) for source in (*sources, *sorted(SOURCES.glob("*.c")))]
+            core = [changed if changed and path.name == changed.name else path for path in sorted(SOURCES.glob("*.c"))]
+            objects = self.compile_all((*sources, *core), flavour)
             target = Path(tempfile.mkdtemp(prefix="program-", dir=self.folder), sources[0].stem)
-            done = call(flavour.compiler, *FLAGS, *flavour.flags, *objects, "-o", target)
+            done = call(flavour.compiler, *FLAGS, *flavour.flags, *link, *objects, "-o", target)
             assert done.returncode == 0, done.stderr
-            self.programs[sources, flavour] = Program(target, prefix)
-        return self.programs[sources, flavour]
+            self.programs[key, flavour] = Program(target, prefix)
+        return self.programs[key, flavour]

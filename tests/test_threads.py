@@ -1,4 +1,4 @@
-"""The parts of the data plane that threads share, and the whole of it, under the thread sanitizer and the address sanitizer.
+"""The parts of the data plane that threads share, and the whole of it, under the thread and address sanitizers.
 
 Rules:
 - The programs of tests/c are compiled here with the core's sources (native.py). What they check holds in every flavour;
@@ -45,4 +45,4 @@ def test_two_engines_through_cuts_kills_and_changes_of_role(
     native: Native, rng: random.Random, tmp_path: Path, flavour: str
 ) -> None:
     program = native.program(FLAVOURS[flavour], C / "engine_threads.c", C / "player.c")
-    print(program.passes(tmp_path, rng.getrandbits(40), 25 if flavour == "plain" else 8))
+    print(program.passes(tmp_path, rng.getrandbits(40), 8))

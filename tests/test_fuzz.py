@@ -1,0 +1,189 @@
+"""libFuzzer on the parsers in C: NBD requests, frames, units of a copy, the journal; and a whole engine's NBD service.
+
+Rules:
+- The targets of tests/fuzz are compiled with clang under the address and undefined-behaviour sanitizers. What a target
+  must find is written in it: an oracle made from the protocol, not from the code.
+- The first inputs are made here, so nothing binary is kept. Seed and number of runs are fixed; MIRRORPAIR_FUZZ_RUNS=n
+  runs each target n times, with a seed that is not, and the report names the input that broke it.
+- The superblock and the node file are parsed in Python: test_twofold.py, test_metadata.py and test_meta.py fuzz those.
+- A target that finds nothing proves nothing unless it can: each is also run on a core in which one check is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from native import FUZZER, HERE, ONETHREAD_WRAPS, SOURCES, Native, Program
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FUZZ = HERE / "fuzz"
+REQUEST = b"\x25\x60\x95\x13"
+
+
+def nbd_seeds(rng: random.Random) -> list[bytes]:
+    lengths = (0, 1, 4096, 32 << 20, (32 << 20) + 1, 2**32 - 1)
+    return [
+        struct.pack("<BQ", rng.randrange(2), 1 << 20)
+        + REQUEST
+        + struct.pack(">HHQQI", rng.randrange(4), kind, 7, rng.choice([0, 4096, 1 << 20, 2**64 - 1]), length)
+        for kind in range(8)
+        for length in lengths
+    ]
+
+
+def frame_seeds(rng: random.Random) -> list[bytes]:
+    headers = [
+        struct.pack("<B4sHHIIQQQQ16sQII", 2, b"MPR1", kind, 0, length, meta, 0, 77, 1, 0, bytes(16), 0, 1, 0)
+        for kind in (1, 17, 32)
+        for length, meta in ((0, 0), (100, 8), ((1 << 20) + (1 << 18), 1 << 18), (32 << 20, 0), (8, 9))
+    ]
+    streams = [
+        bytes([1, rng.randrange(256)])
+        + b"".join(
+            struct.pack("<BBBH", kind | rng.randrange(32) << 3, 99, high, rng.randrange(65536)) for kind in kinds
+        )
+        for kinds in ([0, 0, 0], *([0, k, 0] for k in range(1, 7)))
+        for high in (0, 150, 255)
+    ]
+    return headers + streams
+
+
+def wire_seeds(rng: random.Random) -> list[bytes]:
+    def unit(kind: int, meta: bytes, more: int = 0) -> bytes:
+        return struct.pack("<BBQII", kind, 0, 65536, more, 65535) + meta
+
+    words = struct.pack("<QQ", 0xFFFF, 0x0F0F)
+    return [
+        unit(0, struct.pack("<II", 65536, 0) + words + rng.randbytes(16 * 8)),
+        unit(1, struct.pack("<IIQ", 65536, 0, 0x00FF), 8 * 4096),
+        unit(2, struct.pack("<IIIIIIIIQ", 0, 0, 1, 1, 1, 2, 2, 3, 1)),
+        unit(3, struct.pack("<IIQQ", 1, 1, 1, 0) + struct.pack("<IIQQ", 2, 0, 0, 1)),
+    ]
+
+
+def journal_seeds(rng: random.Random) -> list[bytes]:
+    def record(kind: int, sequence: int, extents: bytes) -> bytes:
+        return bytes([kind, sequence, len(extents)]) + extents
+
+    head = struct.pack("<BHBB", 0, 5000, 3, 0)
+    return [
+        head + bytes(4) + rng.randbytes(64),
+        head + record(2, 0, b"\1\2") + record(2, 0, b"\3") + record(2, 0, b"") + record(2, 0, b"\5\6\7"),
+        head + record(2, 9, b"\1") + record(10, 9, b"\2\2") + b"\x10\0" + record(34, 8, b"\3") + b"\1" + bytes(1),
+        struct.pack("<BHBB", 4, 63, 0, 255) + bytes(4),
+    ]
+
+
+def client_seeds(rng: random.Random) -> list[bytes]:
+    def request(client: int, what: int, length: int, offset: int) -> bytes:
+        return bytes([client << 7 | what | 32, length]) + struct.pack("<I", offset)[:3]
+
+    go, job, step = b"\x42", b"\x45\0", b"\x4d\x05"
+    mixed = b"".join(
+        request(rng.randrange(2), rng.randrange(12), rng.randrange(8), rng.randrange(1 << 16))
+        + rng.choice([go, b"\xc2", job, step, b"\x40\x11"])
+        for _ in range(60)
+    )
+    return [
+        b"\0" + request(0, 1, 3, 0) + go + request(0, 0, 3, 0) + go + request(0, 6, 0, 0) + go + job,
+        b"\0" + request(0, 1, 7, 100) + b"\x44" + b"\x4b",
+        b"\1" + request(1, 1, 6, 0) + b"\xc2" + request(1, 12, 0, 0) + b"\xc2",
+        b"\0" + request(0, 1, 1, 0) + b"\x4c" + bytes(28) + go,
+        b"\0" + mixed,
+    ]
+
+
+class Target(NamedTuple):
+    seeds: list[bytes]
+    runs: int
+    longest: int
+    onethread: bool = False
+
+
+RNG = random.Random(1)
+TARGETS = {
+    "fuzz_nbd": Target(nbd_seeds(RNG), 50000, 64),
+    "fuzz_frame": Target(frame_seeds(RNG), 3000, 400),
+    "fuzz_wire": Target(wire_seeds(RNG), 50000, 4000),
+    "fuzz_journal": Target(journal_seeds(RNG), 1500, 600),
+    "fuzz_client": Target(client_seeds(RNG), 1000, 800, onethread=True),
+}
+
+
+@pytest.fixture(scope="module")
+def native(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Native:
+    return Native(tmp_path_factory.mktemp("fuzz"))
+
+
+def build(native: Native, name: str, changed: Path | None = None) -> Program:
+    target = TARGETS[name]
+    mine = (FUZZ / f"{name}.c", *([FUZZ / "onethread.c"] if target.onethread else []))
+    return native.program(FUZZER, *mine, link=ONETHREAD_WRAPS if target.onethread else (), changed=changed)
+
+
+def fuzz(program: Program, name: str, folder: Path) -> tuple[int, str]:
+    target = TARGETS[name]
+    longer = int(os.environ.get("MIRRORPAIR_FUZZ_RUNS", "0"))
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i, seed in enumerate(target.seeds):
+        (corpus / str(i)).write_bytes(seed)
+    done = program(
+        f"-runs={longer or target.runs}",
+        f"-seed={random.getrandbits(31) if longer else 1}",
+        f"-max_len={target.longest}",
+        "-len_control=0",
+        "-timeout=60",
+        f"-artifact_prefix={folder}/",
+        corpus,
+        cwd=folder,
+    )
+    return done.returncode, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_nothing_breaks_it(native: Native, tmp_path: Path, name: str) -> None:
+    code, said = fuzz(build(native, name), name, tmp_path)
+    assert code == 0, said
+    assert "DONE" in said
+
+
+# target: file, what stands there, what stands there instead
+DEFECTS = {
+    "fuzz_nbd": (
+        "nbd.c",
+        "request->offset > size || request->length > size - request->offset",
+        "request->offset + request->length > size",
+    ),
+    "fuzz_frame": ("frame.c", "frame->meta > frame->length || ", ""),
+    "fuzz_wire": ("wire.c", "if (length - *at < 8 + more)", "if (length - *at < 8)"),
+    "fuzz_journal": ("actlog.c", "if (extent >= extents)", "if (extent > extents)"),
+    "fuzz_client": ("serve.c", "c->drain = n.length;", "c->drain = n.length - 1;"),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_missing_check_is_found(native: Native, tmp_path: Path, name: str) -> None:
+    file, right, wrong = DEFECTS[name]
+    text = (SOURCES / file).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    changed = tmp_path / file
+    changed.write_text(text.replace(right, wrong), encoding="utf-8")
+    code, said = fuzz(build(native, name, changed), name, tmp_path)
+    assert code != 0, said
+    assert (
+        "does not hold" in said
+        or "ERROR: AddressSanitizer" in said
+        or "runtime error" in said
+        or "assertion failed" in said
+    ), said
+
+
+def test_every_target_is_run() -> None:
+    assert {path.stem for path in FUZZ.glob("fuzz_*.c")} == set(TARGETS) == set(DEFECTS)
