@@ -31,10 +31,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from mirrorpair.rolewords import (
-    FAILED,
     PRIMARY,
     REFUSED,
-    WRONG_ROLE,
     Action,
     Answer,
     CaughtUp,
@@ -134,8 +132,8 @@ def _stay(state: State, sentence: str = "") -> Step:
     return Step(state, (), sentence or _nothing(state))
 
 
-def _refuse(state: State, message: str, retry_at_ns: int | None = None, *, code: int = REFUSED) -> Step:
-    return Step(state, (Answer(code, message, retry_at_ns),), f"refused: {message}")
+def _refuse(state: State, message: str, retry_at_ns: int | None = None) -> Step:
+    return Step(state, (Answer(REFUSED, message, retry_at_ns),), f"refused: {message}")
 
 
 def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str) -> Step:
@@ -191,7 +189,7 @@ def _lost_role(state: State, event: RecordChanged) -> Step:
         answering=False,
     )
     message = f"{event.primary or 'nobody'} is primary of epoch {event.epoch} now, not {state.me}"
-    actions: tuple[Action, ...] = (Answer(WRONG_ROLE, message),) if state.answering else ()
+    actions: tuple[Action, ...] = (Answer(REFUSED, message),) if state.answering else ()
     if was == "primary":
         actions = (*actions, HangUp(), DropLink("the roles changed"))
     return Step(changed, actions, message)
@@ -421,12 +419,11 @@ def _promote(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Promote)
     me, peer = state.me, state.peer
     if state.stopping:
-        return _refuse(state, f"{me} is stopping", code=FAILED)
+        return _refuse(state, f"{me} is stopping")
     if event.obstacle is not None:
         return _refuse(state, event.obstacle)
     if state.peer_up and state.peer_role == "primary":
-        message = f"{peer} is primary of epoch {state.peer_epoch}: `mirrorpair demote` there first"
-        return _refuse(state, message, code=WRONG_ROLE)
+        return _refuse(state, f"{peer} is primary of epoch {state.peer_epoch}: `mirrorpair demote` there first")
     # What this node lacks, if anything.
     member = me in state.in_sync or not state.in_sync
     unknown = not state.peer_up and not state.peer_left and not state.sole
@@ -480,7 +477,7 @@ def _frozen_promote(state: State, event: Event, _now: int) -> Step:
 
 
 def _busy(state: State, _event: Event, _now: int) -> Step:
-    return _refuse(state, f"a change of roles is under way on {state.me}: try again", code=FAILED)
+    return _refuse(state, f"a change of roles is under way on {state.me}: try again")
 
 
 def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
@@ -493,7 +490,7 @@ def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
         back = Phase.RETURNING if event.swap.purpose == "readopt" else Phase.SECONDARY
         deadline = now + state.retry_ns if back is Phase.RETURNING else None
         message = f"{state.me} did not become primary: {event.why}"
-        actions = (Answer(event.code, message),) if answered else ()
+        actions = (Answer(REFUSED, message),) if answered else ()
         return Step(_set(state, phase=back, deadline_ns=deadline), actions, message)
     state = _set(state, crashed=False, boot_lost=False, alone_began=False)
     message = f"{state.me} is primary of epoch {state.epoch}"
@@ -541,7 +538,7 @@ def _swapped(state: State, event: Event, now: int) -> Step:
         message = f"{state.me} stays primary: {event.why}"
         return Step(
             _set(state, releasing=False, draining=False, answering=False),
-            (Answer(FAILED, message),) if answered else (),
+            (Answer(REFUSED, message),) if answered else (),
             message,
         )
     # A0: if it is not known, the peer may be primary next. No client is left, so nothing is lost by leaving.

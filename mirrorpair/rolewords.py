@@ -16,9 +16,7 @@ RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
 Purpose = Literal["promote", "readopt", "shrink", "expand", "release"]
 
-FAILED = 1
 REFUSED = 12
-WRONG_ROLE = 15
 
 
 class Phase(enum.Enum):
@@ -171,14 +169,12 @@ class RecordChanged(msgspec.Struct, frozen=True):
 
 
 class Swapped(msgspec.Struct, frozen=True):
-    """The outcome of an action Swap. `ok`: the register is what it asked for, durably; `unknown`: it may be (A0);
-    `code`: what a person's command ends with if it is neither, by default that somebody else changed the roles."""
+    """The outcome of an action Swap. `ok`: the register is what it asked for, durably; `unknown`: it may be (A0)."""
 
     swap: Swap
     ok: bool
     why: str = ""
     unknown: bool = False
-    code: int = WRONG_ROLE
 
 
 class Promote(msgspec.Struct, frozen=True):
@@ -249,8 +245,7 @@ class DropLink(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """To whoever waits for a promotion or demotion; `code` is an exit code of errors.py, 0: done. `retry_at_ns`: it
-    would be allowed from then on."""
+    """To whoever waits for a promotion or demotion. `retry_at_ns`: it would be allowed from then on."""
 
     code: int
     message: str
