@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
+    from engineside import MakeNode
+
 # Programs started by tests run what is installed, not the source tree that happens to be the working folder.
 os.environ["PYTHONSAFEPATH"] = "1"
 
@@ -201,6 +203,22 @@ def as_nobody() -> Callable[[], contextlib.AbstractContextManager[None]]:
             os.setgroups(groups)
 
     return switch
+
+
+@pytest.fixture
+def make_node(tmp_path: Path) -> Iterator[MakeNode]:
+    """`make_node("a", SIZE, ...)`: an engine with its images (engineside.py), killed at the end of the test."""
+    from engineside import BLOCK, Node
+
+    made: list[Node] = []
+
+    def make(name: str, *sizes: int, block: int = BLOCK) -> Node:
+        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block))
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.close()
 
 
 @pytest.fixture

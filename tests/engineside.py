@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from mirrorpair import _core
 
@@ -143,6 +143,12 @@ def in_sync(source: Node, target: Node) -> None:
     for _ in source.sizes:
         source.wait("resync-done")
         target.wait("resync-done")
+
+
+class MakeNode(Protocol):
+    """conftest's fixture; without sizes, one volume of 16 MiB."""
+
+    def __call__(self, name: str, *sizes: int, block: int = BLOCK) -> Node: ...
 
 
 @dataclass

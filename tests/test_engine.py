@@ -38,23 +38,9 @@ from mirrorpair import _core
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable
 
-    MakeNode = Callable[..., Node]
-
-
-@pytest.fixture
-def make_node(tmp_path: Path) -> Iterator[MakeNode]:
-    made: list[Node] = []
-
-    def make(name: str, *sizes: int, block: int = BLOCK) -> Node:
-        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block))
-        return made[-1]
-
-    yield make
-    for node in made:
-        node.close()
+    from engineside import MakeNode
 
 
 @pytest.fixture

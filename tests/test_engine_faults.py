@@ -9,32 +9,17 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from engineside import BLOCK, EIO, FLUSH, KIB, MIB, READ, WRITE, Client, Node
+from engineside import EIO, FLUSH, KIB, MIB, READ, WRITE, Client
 
 from mirrorpair import _core
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
 
-    MakeNode = Callable[..., Node]
+    from engineside import MakeNode
 
 
-@pytest.fixture
-def make_node(tmp_path: Path) -> Iterator[MakeNode]:
-    made: list[Node] = []
-
-    def make(name: str, *sizes: int, block: int = BLOCK) -> Node:
-        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block))
-        return made[-1]
-
-    yield make
-    for node in made:
-        node.close()
-
-
-# --- 1: long reads
+# --- long reads
 
 
 def test_readers_that_take_nothing_hold_a_bounded_amount_each(make_node: MakeNode) -> None:
@@ -50,7 +35,8 @@ def test_readers_that_take_nothing_hold_a_bounded_amount_each(make_node: MakeNod
     for i in range(20):
         assert other.read(i * 512 * KIB, MIB) == bytes(MIB)
         other.write(i * 512 * KIB, bytes(MIB))
-    assert node.engine.volume_status(0).read_bytes < 200 * MIB
+    # 20 for the other one, 16 that reads may hold (MP_SLAB_READS), and what 20 sockets took, below 512 KiB each
+    assert node.engine.volume_status(0).read_bytes < 46 * MIB
     assert node.engine.volume_status(0).clients == 21
     for client in slow[:3]:  # and they get all of it when they want it
         assert all(client.wait(cookie) == (0, bytes(MIB)) for cookie in range(1, 9))

@@ -24,9 +24,10 @@ from engineside import BLOCK, FLUSH, FUA, KIB, MIB, READ, WRITE, ZEROES, Client,
 from mirrorpair import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    MakeNode = Callable[..., Node]
+    from engineside import MakeNode
+
 
 SHORT_S = 4.0
 
@@ -36,19 +37,6 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What never comes is not waited for half a minute."""
     monkeypatch.setattr(engineside, "LIMIT_S", SHORT_S)
     monkeypatch.setattr(frames, "LIMIT_S", SHORT_S)
-
-
-@pytest.fixture
-def make_node(tmp_path: Path) -> Iterator[MakeNode]:
-    made: list[Node] = []
-
-    def make(name: str, *sizes: int, block: int = BLOCK) -> Node:
-        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block))
-        return made[-1]
-
-    yield make
-    for node in made:
-        node.close()
 
 
 def attach_by_hand(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from farside import FAR_COMMAND, alive, children, closed_port, fake_ssh, peer, run_cli, write_script
+from farside import FAR_COMMAND, LIMIT_S, alive, children, closed_port, fake_ssh, peer, run_cli, write_script
 
 from mirrorpair import _core, transport
 from mirrorpair.endpoint import SshEndpoint, TcpEndpoint
@@ -310,11 +311,14 @@ def test_a_command_that_ignores_everything_is_killed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(transport, "EXIT_GRACE_S", 0.1)
     monkeypatch.setattr(transport, "TERM_GRACE_S", 0.1)
     program = (
-        "import signal,time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(end='', flush=True); time.sleep(600)"
+        "import os, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(1, b'!'); "
+        "signal.sigwait([signal.SIGUSR1])"
     )
-    connection = CommandConnection("far", [sys.executable, "-c", program], 1)
-    pid = connection.pid
-    connection.close()
+    with CommandConnection("far", [sys.executable, "-c", program], 1) as connection:
+        said = connection._from_far
+        assert select.select([said], [], [], LIMIT_S)[0]
+        assert os.read(said.fileno(), 2) == b"!"  # from here on SIGTERM does nothing to it
+        pid = connection.pid
     assert not alive(pid)
 
 

@@ -1,0 +1,79 @@
+"""What a person's word does to two real nodes that live in one event loop: so that a message can be put between two
+others, which between processes comes about once in many runs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from farside import LIMIT_S, run_cli
+from pairfile import read_pair, write_pair
+
+from mirrorpair.errors import RefusedError
+from mirrorpair.node import Node
+from mirrorpair.nodeadmin import AdminSide
+from mirrorpair.nodepeer import PeerSide
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from mirrorpair.nodecore import Core
+
+
+def with_a_pair(folder: Path, scenario: Callable[[Core, Core], Awaitable[None]]) -> None:
+    """`scenario(alpha, beta)` once both are connected."""
+    path = write_pair(folder)
+    for name in ("alpha", "beta"):
+        done = run_cli("-c", path, "--node", name, "init")
+        assert done.returncode == 0, done.stderr
+
+    async def run() -> None:
+        config = read_pair(folder)
+        nodes = [Node(config, name) for name in ("alpha", "beta")]
+        for node in nodes:
+            await node.start()
+        alpha, beta = (node._core for node in nodes)
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await AdminSide(alpha).wait_for("connected")
+                await AdminSide(beta).wait_for("connected")
+                await scenario(alpha, beta)
+        finally:
+            for node in nodes:
+                await node.stop()
+                await node.close()
+
+    asyncio.run(run())
+
+
+async def promote(core: Core) -> None:
+    await AdminSide(core).promote(accept_data_loss=False, force=False)
+
+
+def test_a_heartbeat_from_before_the_peers_demotion_does_not_stop_a_promotion(tmp_path: Path) -> None:
+    async def scenario(alpha: Core, beta: Core) -> None:
+        await promote(alpha)
+        await AdminSide(alpha).wait_for("synced")
+        before = PeerSide(alpha).beat(0)
+        assert before.role == "primary"
+        await AdminSide(alpha).demote()
+        beta.peer_beat = msgspec.structs.replace(before, role="secondary", epoch=0)  # the last one that had arrived
+        PeerSide(beta).on_beat(before)
+        await promote(beta)
+        assert beta.state.role == "primary"
+
+    with_a_pair(tmp_path, scenario)
+
+
+def test_a_primary_is_not_replaced_however_often_one_looks(tmp_path: Path) -> None:
+    async def scenario(alpha: Core, beta: Core) -> None:
+        await promote(alpha)
+        await AdminSide(beta).wait_for("synced")
+        with pytest.raises(RefusedError, match="alpha is primary of epoch 1"):
+            await promote(beta)
+        assert alpha.state.role == "primary"
+
+    with_a_pair(tmp_path, scenario)
