@@ -464,10 +464,12 @@ mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fa
 int mp_engine_start(mp_engine *engine)
 {
     static const uint8_t none;
-    mend_worker *workers = calloc(MEND_THREADS, sizeof *workers);
+    mend_worker *workers = aligned_alloc(_Alignof(mend_worker), MEND_THREADS * sizeof *workers);
     engine->mend_workers = workers;
     if (!workers)
         return ENOMEM;
+    for (unsigned i = 0; i < MEND_THREADS; i++)
+        workers[i].nice = false;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are Python's: no thread of ours may be interrupted by one */
