@@ -16,22 +16,14 @@
 #define SECOND ((uint64_t)1000000000)
 #define BYTES_MAX ((uint64_t)64 << 20)
 
-/* In a pool thread; the loop leaves `sync`, `error` and `failed_volume` alone while it runs. */
+/* In a pool thread; the loop leaves `sync` and `volume_error` alone while it runs. */
 static void run(mp_job *job, void *worker)
 {
     mp_engine *engine = (mp_engine *)((char *)job - offsetof(mp_engine, barrier.job));
     (void)worker;
-    engine->barrier.error = 0;
     for (uint32_t i = 0; i < engine->volumes; i++)
-        if (engine->barrier.sync[i]) {
-            int error = engine->volume[i].sync_error;
-            if (!error)
-                error = mp_disk_sync(engine->volume[i].fd);
-            if (error && !engine->barrier.error) {
-                engine->barrier.error = error;
-                engine->barrier.failed_volume = i;
-            }
-        }
+        if (engine->barrier.sync[i])
+            engine->barrier.volume_error[i] = mp_disk_sync(engine->volume[i].fd);
 }
 
 void mp_barrier_flush(mp_request *r) { mp_list_put(&r->engine->barrier.next, r); }
@@ -51,7 +43,8 @@ static void start_sync(mp_engine *engine)
     if (!b->running || b->syncing || !b->local_pending || b->local[!b->parity])
         return;
     for (uint32_t i = 0; i < engine->volumes; i++) {
-        b->sync[i] = engine->volume[i].unsynced || engine->volume[i].sync_error;
+        b->volume_error[i] = engine->volume[i].sync_error;
+        b->sync[i] = engine->volume[i].unsynced && !b->volume_error[i];
         engine->volume[i].unsynced = false;
     }
     b->syncing = true;
@@ -100,53 +93,61 @@ static void begin(mp_engine *engine)
         uint8_t meta[8];
         mp_store64(meta, engine->link.writes_since_barrier);
         engine->link.writes_since_barrier = 0;
-        if (!mp_link_small(engine, MP_FRAME_BARRIER, 0, (uint32_t)b->tag, 0, meta, sizeof meta))
-            return; /* the link is gone, and with it peer_pending */
+        (void)mp_link_small(engine, MP_FRAME_BARRIER, 0, (uint32_t)b->tag, 0, meta, sizeof meta); /* false: mp_barrier_link_lost was told */
     }
     start_sync(engine);
+}
+
+/* Each by its own volume's fdatasync: another volume's disk that fails is not this client's. With a void barrier they wait
+ * for the next one, in front of those that wait for it already. */
+static void answer_flushes(mp_engine *engine)
+{
+    mp_barrier *b = &engine->barrier;
+    mp_list later = b->next;
+    mp_list_init(&b->next);
+    for (mp_request *r; (r = mp_list_take(&b->flushing));) {
+        int error = r->volume->sync_error;
+        if (b->void_ && !error && !mp_client_gone(r)) {
+            mp_list_put(&b->next, r);
+        } else if (b->void_ && !error) {
+            mp_client_lost(r);
+        } else {
+            r->reply_error = mp_nbd_error_of(error);
+            mp_client_answer(r);
+        }
+    }
+    mp_list_init(&b->flushing);
+    if (later.first) {
+        *b->next.last = later.first;
+        b->next.last = later.last;
+    }
 }
 
 static void end(mp_engine *engine)
 {
     mp_barrier *b = &engine->barrier;
-    bool good = !b->error && !b->void_;
+    int any_error = 0;
     b->running = b->syncing = false;
     b->ended_ns = mp_now_ns();
-    if (b->error && !engine->volume[b->failed_volume].sync_error) {
-        engine->volume[b->failed_volume].sync_error = b->error;
-        mp_event_post(engine, MP_EVENT_DISK_ERROR, b->failed_volume, b->error, "flush: %s", strerror(b->error));
-    }
     for (uint32_t i = 0; i < engine->volumes; i++) {
-        mp_journal_barrier_end(&engine->volume[i].journal, good);
+        mp_volume *volume = &engine->volume[i];
+        if (b->volume_error[i] && !volume->sync_error) {
+            volume->sync_error = b->volume_error[i];
+            mp_event_post(engine, MP_EVENT_DISK_ERROR, i, volume->sync_error, "flush: %s", strerror(volume->sync_error));
+        }
+        bool good = !volume->sync_error && !b->void_; /* it may have come while the job ran: a FUA write that failed */
+        any_error = any_error ? any_error : volume->sync_error;
+        mp_journal_barrier_end(&volume->journal, good);
         if (good && b->connected)
-            mp_mend_durable(&engine->volume[i]);
-        mp_volume_look_again(&engine->volume[i]);
+            mp_mend_durable(volume);
+        mp_volume_look_again(volume);
     }
-    if (b->void_ && !b->error) { /* they came before those in `next` */
-        mp_list later = b->next;
-        mp_list_init(&b->next);
-        for (mp_request *r; (r = mp_list_take(&b->flushing));)
-            if (mp_client_gone(r))
-                mp_client_lost(r);
-            else
-                mp_list_put(&b->next, r);
-        if (later.first) {
-            *b->next.last = later.first;
-            b->next.last = later.last;
-        }
-    } else {
-        for (mp_request *r; (r = mp_list_take(&b->flushing));) {
-            r->reply_error = mp_nbd_error_of(b->error);
-            mp_client_answer(r);
-        }
-    }
-    mp_list_init(&b->flushing);
+    answer_flushes(engine);
     for (uint32_t i = 0; i < b->tokens_taken; i++)
-        mp_event_post(engine, MP_EVENT_FLUSHED, b->tokens[i], b->error, "%s", b->void_ ? "here only: the link was lost meanwhile" : "");
+        mp_event_post(engine, MP_EVENT_FLUSHED, b->tokens[i], any_error, "%s", b->void_ ? "here only: the link was lost meanwhile" : "");
     b->token_count -= b->tokens_taken;
     memmove(b->tokens, b->tokens + b->tokens_taken, b->token_count * sizeof *b->tokens);
     b->tokens_taken = 0;
-    b->error = 0;
 }
 
 static void maybe_end(mp_engine *engine)
@@ -194,7 +195,7 @@ static bool wanted(const mp_engine *engine)
 void mp_barrier_round(mp_engine *engine)
 {
     mp_barrier *b = &engine->barrier;
-    if (b->running)
+    if (b->running || mp_link_draining(engine)) /* W8: what an ended session brought is done first */
         return;
     bool connected = engine->link.up && engine->link.source, alone = !engine->link.up && engine->grant.mode == MP_GRANT_ALONE;
     if (b->next.first && !connected && engine->grant.mode == MP_GRANT_ALONE_FIRST && !engine->link.up && !engine->asked_generation) {

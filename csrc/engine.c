@@ -65,9 +65,18 @@ void mp_event_post(mp_engine *engine, mp_event_kind kind, uint64_t a, int64_t b,
     va_end(arguments);
     pthread_mutex_lock(&engine->lock);
     publish(engine); /* whoever hears of it finds numbers that agree with it */
-    *engine->events_last = event;
-    engine->events_last = &event->next;
+    bool told = kind != MP_EVENT_DISK_ERROR || engine->errors_waiting[a]++ < MP_ERRORS_KEPT;
+    if (told) {
+        *engine->events_last = event;
+        engine->events_last = &event->next;
+    } else {
+        engine->errors_dropped++;
+    }
     pthread_mutex_unlock(&engine->lock);
+    if (!told) {
+        free(event);
+        return;
+    }
     uint64_t one = 1;
     MP_ASSERT(write(engine->event_fd, &one, sizeof one) == sizeof one);
 }
@@ -78,7 +87,13 @@ mp_event *mp_engine_take(mp_engine *engine)
     mp_event *event = engine->events;
     if (event && !(engine->events = event->next))
         engine->events_last = &engine->events;
+    if (event && event->kind == MP_EVENT_DISK_ERROR && engine->errors_dropped) {
+        size_t used = strlen(event->text);
+        snprintf(event->text + used, sizeof event->text - used, " (and %u more)", engine->errors_dropped);
+        engine->errors_dropped = 0;
+    }
     if (!event) {
+        memset(engine->errors_waiting, 0, sizeof engine->errors_waiting);
         uint64_t count;
         (void)!read(engine->event_fd, &count, sizeof count); /* drained under the lock: no wake-up is lost */
     }
@@ -178,11 +193,17 @@ static void run_save(mp_job *job, void *worker)
 {
     mp_engine *engine = (mp_engine *)((char *)job - offsetof(mp_engine, save_job));
     (void)worker;
-    engine->save_error = 0;
-    for (uint32_t i = 0; i < engine->volumes; i++) {
-        int error = engine->volume[i].sync_error ? engine->volume[i].sync_error : mp_disk_sync(engine->volume[i].fd);
-        engine->save_error = engine->save_error ? engine->save_error : error;
-    }
+    for (uint32_t i = 0; i < engine->volumes; i++)
+        if (!engine->save_error[i])
+            engine->save_error[i] = mp_disk_sync(engine->volume[i].fd);
+}
+
+static int save_error(const mp_engine *engine)
+{
+    int error = 0;
+    for (uint32_t i = 0; i < engine->volumes && !error; i++)
+        error = engine->save_error[i];
+    return error;
 }
 
 static void save_round(mp_engine *engine)
@@ -194,13 +215,15 @@ static void save_round(mp_engine *engine)
             if (engine->volume[i].flight.count || engine->volume[i].waiting.first || engine->barrier.running)
                 return; /* somebody still writes */
         engine->save_running = true;
+        for (uint32_t i = 0; i < engine->volumes; i++)
+            engine->save_error[i] = engine->volume[i].sync_error;
         engine->save_job = (mp_job){.run = run_save};
         mp_pool_submit(&engine->pool, &engine->save_job);
         return;
     }
     if (engine->save_job.run) /* still running */
         return;
-    int error = engine->save_error;
+    int error = save_error(engine);
     for (uint32_t i = 0; i < engine->volumes && !error; i++) {
         mp_journal *journal = &engine->volume[i].journal;
         error = journal->error;
@@ -214,7 +237,7 @@ static void save_round(mp_engine *engine)
 static void save_synced(mp_engine *engine)
 {
     engine->save_job.run = NULL;
-    for (uint32_t i = 0; i < engine->volumes && !engine->save_error; i++)
+    for (uint32_t i = 0; i < engine->volumes && !save_error(engine); i++)
         engine->save_ticket[i] = mp_journal_empty(&engine->volume[i].journal);
 }
 
@@ -250,11 +273,15 @@ static void obey(mp_engine *engine, mp_command *command)
         mp_barrier_token(engine, command->token);
         break;
     case MP_COMMAND_SAVE:
+        if (engine->saving) {
+            mp_event_post(engine, MP_EVENT_SAVED, command->token, EBUSY, "%s", "it is being saved already");
+            break;
+        }
         engine->saving = true;
         engine->save_token = command->token;
         break;
     case MP_COMMAND_ALL_DIRTY:
-        mp_journal_set(&engine->volume[command->volume].journal, 0, engine->volume[command->volume].size);
+        mp_journal_doubt(&engine->volume[command->volume].journal, 0, engine->volume[command->volume].size);
         (void)mp_journal_flush(&engine->volume[command->volume].journal);
         break;
     case MP_COMMAND_STOP:
@@ -464,6 +491,8 @@ mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fa
 int mp_engine_start(mp_engine *engine)
 {
     static const uint8_t none;
+    if (engine->mend_workers)
+        return EALREADY; /* also if the first try failed: it is closed then, not started again */
     mend_worker *workers = aligned_alloc(_Alignof(mend_worker), MEND_THREADS * sizeof *workers);
     engine->mend_workers = workers;
     if (!workers)

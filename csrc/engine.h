@@ -28,6 +28,7 @@
 #include "slab.h"
 
 #define MP_VOLUMES_MAX 64u
+#define MP_ERRORS_KEPT 64u /* disk errors of a volume that are told before Python has read them all */
 #define MP_REQUESTS_CHUNK 64u         /* allocated at a time */
 #define MP_REQUESTS_MAX 32768u      /* in all; a client is not read while none is free */
 #define MP_CHUNK ((uint64_t)16 << 20) /* a longer trim or zero is done in steps: its extents must fit the activity log */
@@ -195,8 +196,7 @@ typedef struct mp_link {
     bool barrier_waits, barrier_running;
     uint64_t barrier_tag;
     mp_job barrier_job;
-    int barrier_error;
-    uint32_t barrier_failed_volume;
+    int barrier_error[MP_VOLUMES_MAX]; /* as mp_barrier.volume_error */
     bool more; /* it was left in the middle of what had come */
     uint8_t bits[MP_BITS_BYTES], brief[64]; /* where BITS, SETTLED and MERGED go: a source must never wait for a buffer,
                                              * or the acks behind it, which give buffers back, would wait with it */
@@ -207,7 +207,7 @@ typedef struct mp_link {
 typedef struct mp_barrier { /* source end, or alone: one at a time */
     bool running, connected, syncing, peer_pending, local_pending, void_;
     bool sync[MP_VOLUMES_MAX]; /* which volumes the job flushes */
-    uint32_t failed_volume;
+    int volume_error[MP_VOLUMES_MAX]; /* of each: known before it began (then it is not tried again), or found by the job */
     uint8_t parity;
     uint32_t local[2]; /* writes submitted and not done locally, by parity */
     uint64_t tag, began_ns, ended_ns, bytes_since;
@@ -215,7 +215,6 @@ typedef struct mp_barrier { /* source end, or alone: one at a time */
     uint64_t tokens[64];
     uint32_t token_count, tokens_taken; /* the first `tokens_taken` belong to the running one */
     mp_job job;
-    int error;
 } mp_barrier;
 
 struct mp_engine {
@@ -247,12 +246,13 @@ struct mp_engine {
     mp_command *attach;   /* waits until the last session's writes are done */
     uint64_t save_token;
     mp_job save_job;
-    int save_error;
+    int save_error[MP_VOLUMES_MAX]; /* as mp_barrier.volume_error */
     /* shared with Python's thread */
     pthread_mutex_t lock;
     int mail_fd, event_fd;
     mp_command *mail, **mail_last;
     mp_event *events, **events_last;
+    uint32_t errors_waiting[MP_VOLUMES_MAX], errors_dropped; /* disk errors since the events were all taken; not told, since those wait */
     mp_volume_status *published;
     mp_link_status link_published;
 };
@@ -321,6 +321,7 @@ void mp_link_applied(mp_request *request);
 void mp_link_barrier_synced(mp_engine *engine);
 bool mp_link_draining(const mp_engine *engine); /* writes of an ended session still run */
 void mp_link_fail(mp_engine *engine, const char *why); /* tells the peer, then ends the session */
+void mp_link_fail_disk(mp_engine *engine, const char *what); /* the same: it was this node's disk */
 void mp_link_round(mp_engine *engine); /* acks and what is queued */
 void mp_link_tick(mp_engine *engine, uint64_t now_ns);
 

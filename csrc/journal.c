@@ -67,6 +67,14 @@ static void set_word(mp_journal *j, uint64_t extent, uint64_t mask)
     mark_changed(j, extent);
 }
 
+/* As set_word, of bits that may well be equal at the peer. */
+static void doubt_word(mp_journal *j, uint64_t extent, uint64_t mask)
+{
+    set_word(j, extent, mask);
+    if (mask)
+        mp_bitmap_set(&j->doubt, extent);
+}
+
 /* --- opening --- */
 
 static mp_status read_failed(mp_fault *fault, int error, uint64_t offset, const char *what)
@@ -112,6 +120,7 @@ static mp_status read_log(mp_journal *j, mp_fault *fault)
     if (newest == MP_ACTLOG_PLACES) {
         j->lost_log = j->ring_lost = j->recovering = true;
         mp_bitmap_set_range(&j->dirty, 0, j->dirty.bits);
+        mp_bitmap_set_range(&j->doubt, 0, j->extents);
         mp_bitmap_set_range(&j->changed, 0, j->pages);
         j->changed_count = j->pages;
         return MP_OK;
@@ -119,6 +128,7 @@ static mp_status read_log(mp_journal *j, mp_fault *fault)
     for (uint32_t i = 0; i < MP_ACTLOG_TABLE; i++)
         if (mp_actlog_get(ring[newest], i, &extent)) {
             mp_bitmap_set_range(&j->dirty, extent * 64ull, mp_min(extent * 64ull + 64, j->dirty.bits));
+            mp_bitmap_set(&j->doubt, extent);
             mark_changed(j, extent);
             j->recovering = true;
         }
@@ -133,13 +143,14 @@ mp_status mp_journal_open(mp_journal *j, int meta_fd, uint64_t size, uint32_t bl
     *j = (mp_journal){.fd = meta_fd, .size = size, .block = block, .extents = (uint32_t)extents, .fresh = true};
     j->pages = mp_ceil_div(extents, MP_JOURNAL_PAGE_EXTENTS);
     size_t page_bits = mp_bitmap_bytes(j->pages);
-    void *words = calloc(j->pages, MP_JOURNAL_PAGE), *page_words = calloc(3, page_bits);
+    void *words = calloc(j->pages, MP_JOURNAL_PAGE), *page_words = calloc(3, page_bits), *doubt_words = calloc(1, mp_bitmap_bytes(extents));
     j->hot = mp_hot_new();
     j->work = calloc(1, sizeof *j->work);
     mp_bitmap_init(&j->dirty, words, blocks);
+    mp_bitmap_init(&j->doubt, doubt_words, extents);
     mp_bitmap_init(&j->changed, page_words, j->pages);
     mp_status status = MP_INTERNAL;
-    if (words && page_words && j->hot && j->work) {
+    if (words && page_words && doubt_words && j->hot && j->work) {
         mp_bitmap_init(&j->due, (uint8_t *)page_words + page_bits, j->pages);
         mp_bitmap_init(&j->taken, (uint8_t *)page_words + 2 * page_bits, j->pages);
         j->work->fd = meta_fd;
@@ -158,6 +169,7 @@ void mp_journal_close(mp_journal *j)
 {
     MP_ASSERT(!j->running);
     free((void *)j->dirty.words);
+    free((void *)j->doubt.words);
     free((void *)j->changed.words);
     free(j->hot);
     free(j->work);
@@ -230,6 +242,25 @@ void mp_journal_set(mp_journal *j, uint64_t offset, uint64_t length)
         set_word(j, e, mask_of(&r, e));
     j->stuck = false;
 }
+
+void mp_journal_doubt(mp_journal *j, uint64_t offset, uint64_t length)
+{
+    range r = range_of(j, offset, length);
+    for (uint64_t e = r.first_extent; e <= r.last_extent; e++)
+        doubt_word(j, e, mask_of(&r, e));
+    j->stuck = false;
+}
+
+bool mp_journal_doubted(const mp_journal *j, uint64_t offset, uint64_t length)
+{
+    range r = range_of(j, offset, length);
+    bool doubted = false;
+    for (uint64_t e = r.first_extent; e <= r.last_extent; e++)
+        doubted |= mp_bitmap_test(&j->doubt, e);
+    return doubted;
+}
+
+void mp_journal_believe(mp_journal *j) { memset((void *)(uintptr_t)j->doubt.words, 0, mp_bitmap_bytes(j->extents)); }
 
 /* --- confirmed by both --- */
 
@@ -309,7 +340,7 @@ void mp_journal_link_lost(mp_journal *j)
 {
     const mp_hot *t = j->hot;
     for (uint16_t i = t->oldest; i != NONE; i = t->nodes[i].newer)
-        set_word(j, t->nodes[i].extent, t->nodes[i].current | t->nodes[i].before);
+        doubt_word(j, t->nodes[i].extent, t->nodes[i].current | t->nodes[i].before);
     j->stuck = false;
 }
 

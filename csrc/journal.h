@@ -40,6 +40,8 @@
 
 typedef struct mp_journal {
     mp_bitmap dirty; /* to be read by anybody, changed only by the functions below */
+    mp_bitmap doubt; /* by extent: some of its bits stand for a doubt (a crash, a lost link, the peer's word, a full compare),
+                      * not for a write that went only here, so most of it may be equal. In memory only: a hint */
     bool lost_log;   /* the log could not be believed at open, so all bits were set (M7) */
     int error;       /* errno of the job that failed, for good; 0 */
     int fd;
@@ -71,7 +73,7 @@ typedef struct mp_journal {
 
 /* Reads bitmap and log. MP_OK; MP_IO (errno or 0, byte offset, text) if the file cannot be read or is too short; MP_INTERNAL
  * without memory; then nothing is left behind. Writes nothing, but mp_journal_job has something to do after a crash. Takes
- * 2 MiB per TiB of 64 KiB blocks and 1.2 MiB. `block` is MP_BLOCK_MIN to MP_BLOCK_MAX. */
+ * 2 MiB per TiB of 64 KiB blocks, 32 KiB per TiB and 1.2 MiB. `block` is MP_BLOCK_MIN to MP_BLOCK_MAX. */
 mp_status mp_journal_open(mp_journal *journal, int meta_fd, uint64_t size, uint32_t block, mp_fault *fault);
 void mp_journal_close(mp_journal *journal); /* no job runs */
 
@@ -86,6 +88,10 @@ void mp_journal_unflushed(mp_journal *journal, uint64_t offset, uint64_t length)
 /* All blocks it touches are dirty (M8). For a write that goes only here, or failed here: before leave. In an extent that is
  * not hot the bits are durable only when a flush is. */
 void mp_journal_set(mp_journal *journal, uint64_t offset, uint64_t length);
+/* The same, and nobody knows whether they really differ. */
+void mp_journal_doubt(mp_journal *journal, uint64_t offset, uint64_t length);
+bool mp_journal_doubted(const mp_journal *journal, uint64_t offset, uint64_t length); /* some extent of it is in doubt */
+void mp_journal_believe(mp_journal *journal); /* no bit is left that stands for a doubt */
 /* It has ended everywhere, or it never will and its blocks are set. */
 void mp_journal_leave(mp_journal *journal, uint64_t offset, uint64_t length);
 

@@ -168,19 +168,29 @@ void mp_link_detach(mp_engine *engine, bool report, int code, const char *format
 }
 
 /* Tells the peer why before the connection goes: a disk that fails there is not the network here. Best effort. */
-void mp_link_fail(mp_engine *engine, const char *why)
+static void fail(mp_engine *engine, const char *here, const char *there)
 {
     mp_link *link = &engine->link;
     if (!link->up)
         return;
     char json[400];
-    int length = snprintf(json, sizeof json, "{\"code\":1,\"message\":\"%s\"}", why);
+    int length = snprintf(json, sizeof json, "{\"code\":1,\"message\":\"%s\"}", there);
     if (!link->chan.first) {
         link->error_out = (mp_outgoing){.meta = json, .frame = {.type = MP_FRAME_ERROR, .meta = (uint32_t)length, .length = (uint32_t)length}};
         mp_chan_queue(&link->chan, &link->error_out);
         (void)mp_chan_flush(&link->chan);
     }
-    mp_link_detach(engine, true, 1, "%s", why);
+    mp_link_detach(engine, true, 1, "%s", here);
+}
+
+void mp_link_fail(mp_engine *engine, const char *why) { fail(engine, why, why); }
+
+void mp_link_fail_disk(mp_engine *engine, const char *what)
+{
+    char here[64], there[64];
+    snprintf(here, sizeof here, "this node's disk failed: %s", what);
+    snprintf(there, sizeof there, "my disk failed: %s", what);
+    fail(engine, here, there);
 }
 
 void mp_link_attach(mp_engine *engine, mp_command *command)
@@ -234,10 +244,11 @@ static mp_volume *volume_of(mp_engine *engine, const mp_frame *frame)
 static void answer_barrier(mp_engine *engine)
 {
     mp_link *link = &engine->link;
-    if (link->barrier_error) {
-        mp_link_fail(engine, "the peer's disk failed: flush");
-        return;
-    }
+    for (uint32_t i = 0; i < engine->volumes; i++)
+        if (engine->volume[i].sync_error) {
+            mp_link_fail_disk(engine, "flush");
+            return;
+        }
     mp_link_small(engine, MP_FRAME_FLUSHED, 0, (uint32_t)link->barrier_tag, 0, NULL, 0);
 }
 
@@ -245,12 +256,9 @@ static void run_sync(mp_job *job, void *worker)
 {
     mp_engine *engine = (mp_engine *)((char *)job - offsetof(mp_engine, link.barrier_job));
     (void)worker;
-    engine->link.barrier_error = 0;
-    for (uint32_t i = 0; i < engine->volumes && !engine->link.barrier_error; i++) {
-        int error = engine->volume[i].sync_error;
-        engine->link.barrier_error = error ? error : mp_disk_sync(engine->volume[i].fd);
-        engine->link.barrier_failed_volume = i;
-    }
+    for (uint32_t i = 0; i < engine->volumes; i++)
+        if (!engine->link.barrier_error[i])
+            engine->link.barrier_error[i] = mp_disk_sync(engine->volume[i].fd);
 }
 
 bool mp_link_draining(const mp_engine *engine)
@@ -267,11 +275,11 @@ bool mp_link_draining(const mp_engine *engine)
 void mp_link_barrier_synced(mp_engine *engine)
 {
     mp_link *link = &engine->link;
-    mp_volume *failed = link->barrier_error ? &engine->volume[link->barrier_failed_volume] : NULL;
-    if (failed && !failed->sync_error) {
-        failed->sync_error = link->barrier_error;
-        mp_event_post(engine, MP_EVENT_DISK_ERROR, failed->index, link->barrier_error, "flush: %s", strerror(link->barrier_error));
-    }
+    for (uint32_t i = 0; i < engine->volumes; i++)
+        if (link->barrier_error[i] && !engine->volume[i].sync_error) {
+            engine->volume[i].sync_error = link->barrier_error[i];
+            mp_event_post(engine, MP_EVENT_DISK_ERROR, i, link->barrier_error[i], "flush: %s", strerror(link->barrier_error[i]));
+        }
     engine->link.barrier_running = false;
     if (engine->link.up && engine->link.barrier_waits) {
         engine->link.barrier_waits = false;
@@ -286,6 +294,8 @@ static void maybe_sync(mp_engine *engine)
     if (!link->barrier_waits || link->barrier_running || link->applying[!link->parity])
         return;
     link->barrier_running = true;
+    for (uint32_t i = 0; i < engine->volumes; i++)
+        link->barrier_error[i] = engine->volume[i].sync_error;
     link->barrier_job = (mp_job){.run = run_sync};
     mp_pool_submit(&engine->pool, &link->barrier_job);
 }
@@ -306,7 +316,7 @@ void mp_link_applied(mp_request *r)
     int error = r->error;
     mp_request_free(r);
     if (error && ours) {
-        mp_link_fail(engine, "the peer's disk failed: write");
+        mp_link_fail_disk(engine, "write");
         return;
     }
     if (ours) {

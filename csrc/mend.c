@@ -2,20 +2,22 @@
  *
  *   target -> source   BITS ... BITS_END       what the target knows to differ
  *   source -> target   MERGED (bytes u64)      the union is durable at the source; the target forgets its bits (R2)
- *   for every unit     DIGESTS ->  <- WANT  DATA ->  <- SETTLED     full compare: an equal block costs its digest (R7)
- *                      BULK ->     <- SETTLED                       by bitmap: a dirty block is taken to differ
+ *   for every unit     DIGESTS ->  <- WANT  DATA ->  <- SETTLED     in doubt: an equal block costs its digest (R7)
+ *                      BULK ->     <- SETTLED                       written only here: a dirty block is taken to differ
  *   source -> target   RESYNC_DONE             no bit is left, and a barrier has proved that all is durable
  *
  * Rules
  *  - R3 a bit goes only after a barrier that began after its unit was settled. Writes of clients go to the target as ordinary
  *    writes all the time, whether their block is in sync or not (R5: they leave its bit alone), so nothing is lost between.
  *  - R4 a unit that meets a write in flight is passed over and tried again; a write that meets a unit waits for it.
+ *  - What the source cannot read stays dirty; the rest goes on, and it is tried again now and then. The link is not to blame.
  *  - R6 an interrupted resync has lost nothing but the units on their way: the bits are the state.
  */
 #include "mend.h"
 
 #include <errno.h>
 
+#define UNREADABLE_NS ((uint64_t)10 * 1000000000) /* until what the source cannot read is tried again */
 #define SETTLED_BYTES ((uint64_t)64 << 20) /* after so much a barrier makes it durable */
 
 mp_mend *mp_mend_new(mp_volume *volume)
@@ -79,13 +81,13 @@ void mp_mend_attach(mp_volume *volume, mp_plan plan)
     mend->full = plan == MP_PLAN_FULL;
     mend->seed = link->chan.session;
     mend->state = MEND_BITS;
-    mend->cursor = mend->word = 0;
+    mend->cursor = mend->word = mend->retry_ns = 0;
     mend->merged_bits = false;
     mend->settled_count = mend->settled_before = 0;
     mend->settled_bytes = 0;
     mend->total = mend->done = mend->skipped = mend->sent = 0;
     if (mend->source && mend->full)
-        mp_journal_set(&volume->journal, 0, volume->size);
+        mp_journal_doubt(&volume->journal, 0, volume->size);
 }
 
 void mp_mend_link_lost(mp_volume *volume)
@@ -157,7 +159,7 @@ static bool take_bits(mp_mend *mend, const mp_frame *frame, const uint8_t *paylo
             uint64_t rest = ~(word >> from);
             unsigned length = rest ? (unsigned)__builtin_ctzll(rest) : 64;
             uint64_t offset = (first + from) * volume->block;
-            mp_journal_set(&volume->journal, offset, mp_min((uint64_t)length * volume->block, volume->size - offset));
+            mp_journal_doubt(&volume->journal, offset, mp_min((uint64_t)length * volume->block, volume->size - offset));
             mend->merged_bits = true;
             word = from + length >= 64 ? 0 : word >> (from + length) << (from + length);
         }
@@ -180,6 +182,7 @@ static void begin_running(mp_mend *mend)
 static void finish(mp_mend *mend)
 {
     mp_volume *volume = mend->volume;
+    mp_journal_believe(&volume->journal);
     (void)mp_journal_flush(&volume->journal); /* cleared bits may stay on disk for a while, but why should they */
     if (mp_link_small(volume->engine, MP_FRAME_RESYNC_DONE, (uint16_t)volume->index, 0, 0, NULL, 0)) {
         mend->state = MEND_DONE;
@@ -230,7 +233,8 @@ static void open_units(mp_mend *mend)
         u->shape = (mp_unit_shape){offset, length, volume->block};
         u->place = mp_flight_enter(&volume->flight, offset, length);
         mend->open_units++;
-        submit(u, mend->full ? WORK_DIGEST : WORK_READ);
+        u->compares = mp_journal_doubted(&volume->journal, offset, length);
+        submit(u, u->compares ? WORK_DIGEST : WORK_READ);
     }
 }
 
@@ -372,7 +376,7 @@ static bool take_unit_frame(mp_mend *mend, const mp_frame *frame, uint8_t **payl
         work = frame->type == MP_FRAME_DIGESTS ? WORK_COMPARE : WORK_STORE;
     } else if (frame->type == MP_FRAME_WANT) {
         work = WORK_ANSWER;
-        if (!mend->source || !u->open || u->on_wire || !mend->full || frame->length != frame->meta)
+        if (!mend->source || !u->open || u->on_wire || !u->compares || frame->length != frame->meta)
             return false;
     } else {
         work = WORK_MERGE;
@@ -411,6 +415,7 @@ static bool take_frame(mp_mend *mend, const mp_frame *frame, uint8_t **payload)
             return false;
         mend->total = mp_min(mp_load64(*payload), volume->size);
         mp_journal_clear(&volume->journal, 0, volume->journal.dirty.bits);
+        mp_journal_believe(&volume->journal);
         (void)mp_journal_flush(&volume->journal);
         mp_event_post(volume->engine, MP_EVENT_BITS_MERGED, volume->index, 0, "%s", "");
         return true;
@@ -449,10 +454,17 @@ void mp_mend_job_finished(mp_job *job)
         close_unit(u);
         return;
     }
-    if (u->error || u->garbage) {
-        /* close first: failing the link drops the units, this one's buffers with them */
-        const char *why = u->garbage ? u->garbage : "the peer's disk failed: resync";
-        mp_link_fail(engine, why);
+    if (u->garbage) {
+        mp_link_fail(engine, u->garbage);
+        return;
+    }
+    if (u->error && (work == WORK_DIGEST || work == WORK_READ)) { /* the target has not heard of this unit yet */
+        mend->retry_ns = mp_now_ns() + UNREADABLE_NS;
+        close_unit(u);
+        return;
+    }
+    if (u->error) { /* failing the link drops the units, this one's buffers with them */
+        mp_link_fail_disk(engine, "resync");
         return;
     }
     if (work == WORK_STORE || work == WORK_MERGE)
@@ -486,7 +498,7 @@ void mp_mend_round(mp_volume *volume)
         return;
     if (mp_bitmap_count(&volume->journal.dirty) == 0) {
         finish(mend);
-    } else if (mend->cursor) { /* what was passed over, or became dirty behind the cursor */
+    } else if (mend->cursor && mp_now_ns() >= mend->retry_ns) { /* what was passed over, or became dirty behind the cursor */
         mend->cursor = 0;
         open_units(mend);
     }

@@ -34,7 +34,8 @@ typedef struct mend_unit {
     mp_mend *mend;
     uint32_t id;
     unit_work work; /* NONE: no job runs */
-    bool open, on_wire, dropped; /* dropped: the link went while the job ran */
+    bool open, on_wire, compares; /* compares: source: begun by digests */
+    bool dropped; /* dropped: the link went while the job ran */
     mp_unit_shape shape;
     uint16_t place;
     mp_digests digests;  /* target: as announced; they point into `held` */
@@ -59,6 +60,7 @@ struct mp_mend {
     bool source, full;
     uint64_t seed;
     uint64_t cursor; /* next block to look at */
+    uint64_t retry_ns; /* source: a unit could not be read; no second pass before that */
     uint64_t ticket; /* of the journal: MERGING, or the target's clearing */
     bool merged_bits;
     unsigned open_units, jobs;

@@ -549,6 +549,64 @@ def test_a_resync_that_finds_everything_equal_sends_only_digests(make_node: Make
     assert a.engine.link_status().bytes_out < 16 * MIB // 1000
 
 
+def test_r7_bits_of_a_crash_cost_only_their_digests(make_node: MakeNode, rng: random.Random) -> None:
+    a, b = make_node("a"), make_node("b")
+    a.grant(_core.GRANT_PEER)
+    join(a, b)
+    in_sync(a, b)
+    Client(a).write(0, rng.randbytes(16 * MIB))
+    a.reopen()  # its four extents of 4 MiB are hot
+    b.wait("link-lost")
+    a.grant(_core.GRANT_PEER)
+    join(a, b, [_core.PLAN_BITMAP], session=78)
+    in_sync(a, b)
+    status = a.engine.volume_status(0)
+    assert (status.resync_done, status.resync_skipped, status.resync_sent) == (16 * MIB, 16 * MIB, 0)
+    assert a.engine.link_status().bytes_out < 64 * KIB
+    assert a.content() == b.content()
+
+
+def test_r7_what_a_lost_link_leaves_unflushed_costs_only_its_digests(make_node: MakeNode, rng: random.Random) -> None:
+    a, b = make_node("a"), make_node("b")
+    a.grant(_core.GRANT_PEER)
+    join(a, b)
+    in_sync(a, b)
+    Client(a).write(MIB, rng.randbytes(3 * MIB))
+    b.engine.detach_link()
+    a.wait("link-lost")
+    join(a, b, [_core.PLAN_BITMAP], session=78)
+    in_sync(a, b)
+    status = a.engine.volume_status(0)
+    assert (status.resync_done, status.resync_skipped, status.resync_sent) == (3 * MIB, 3 * MIB, 0)
+    assert a.content() == b.content()
+
+
+def test_r7_what_was_written_alone_is_sent_without_a_question(make_node: MakeNode, rng: random.Random) -> None:
+    a, b = make_node("a"), make_node("b")
+    a.grant(_core.GRANT_ALONE)
+    Client(a).write(2 * MIB, rng.randbytes(MIB))
+    a.grant(_core.GRANT_PEER)
+    join(a, b, [_core.PLAN_BITMAP])
+    in_sync(a, b)
+    assert a.engine.volume_status(0).resync_sent == MIB
+    assert b.engine.link_status().bytes_out < 4 * KIB  # no WANT
+    assert a.content() == b.content()
+
+
+def test_r6_r7_all_bits_set_by_hand_are_compared(make_node: MakeNode, rng: random.Random) -> None:
+    a, b = make_node("a"), make_node("b")
+    data = rng.randbytes(16 * MIB)
+    for node in (a, b):
+        os.pwrite(node.fds[0], data, 0)
+    os.pwrite(b.fds[0], b"rot", 7 * MIB)
+    a.engine.set_all_dirty(0)
+    join(a, b, [_core.PLAN_BITMAP])
+    in_sync(a, b)
+    status = a.engine.volume_status(0)
+    assert (status.resync_done, status.resync_sent) == (16 * MIB, 4 * KIB)
+    assert a.content() == b.content() == data
+
+
 # --- a hostile or broken peer
 
 

@@ -357,7 +357,7 @@ def test_a_source_without_buffers_still_hears_that_a_unit_is_settled(make_node: 
     peer = attach_by_hand(a, source=True)
     peer.send(frames.BITS_END)
     peer.expect(frames.MERGED)
-    units = [peer.expect(frames.BULK) for _ in range(16)]  # 16 x 1.25 MiB; and 160 x 128 KiB are all that there is
+    units = [peer.expect(frames.DIGESTS) for _ in range(16)]  # 16 x 1.25 MiB; and 160 x 128 KiB are all that there is
     clients = [Client(a) for _ in range(12)]
     cookies, tags = [], []
     for i in range(160):
@@ -395,7 +395,7 @@ def test_f8_a_peer_that_settles_no_unit_is_given_up(make_node: MakeNode) -> None
     peer = attach_by_hand(a, source=True, timeout=0.3)
     peer.send(frames.BITS_END)
     peer.expect(frames.MERGED)
-    peer.expect(frames.BULK)
+    peer.expect(frames.DIGESTS)
     with living(peer):
         assert a.wait("link-lost").b == 13
 
