@@ -85,6 +85,7 @@ SWAP_ATTEMPTS = 5
 SYNCED_S = 30.0
 DRAIN_S = 30.0
 LEAVE_S = 10.0
+FLUSH_S = 60.0
 SLOW_CODE = 13
 SLOW_S = (1.0, 60.0)  # a peer that was too slow is left alone for so long, growing
 SERVING_S = 15.0
@@ -270,9 +271,12 @@ class Core:
         self.post(Drained())
 
     async def _swap(self, action: SwapAction) -> None:
-        """The register first at the peer, then here; around it the node file (A13, A4)."""
+        """The images first (W8), then the register at the peer, then here; around it the node file (A13, A4)."""
         try:
             async with self._swapping:
+                if action.purpose in ("promote", "readopt") and (error := await self._flush_first()):
+                    self.post(Swapped(action, False, error))
+                    return
                 await self.durable(lambda: self.open.raise_epoch_floor(action.epoch))
                 result = await self._swap_once(action)
                 for _ in range(SWAP_ATTEMPTS - 1):
@@ -291,6 +295,12 @@ class Core:
         }[result]
         done = msgspec.structs.replace(action, in_sync=self.register.copy.register.in_sync)
         self.post(Swapped(done, result is Swap.OK, why, unknown=result is Swap.UNKNOWN))
+
+    async def _flush_first(self) -> str:
+        """W8: whole frames of the last link are applied, then all is durable, then the role is taken. Why it cannot be,
+        or nothing."""
+        error = await self.token(self.engine.barrier, FLUSH_S)
+        return f"{self.name} cannot flush its images: {os.strerror(error)}" if error else ""
 
     def _still_right(self, action: SwapAction) -> bool:
         """Whether a swap that met a conflict may be tried again: it takes a new epoch, or is about the present one."""

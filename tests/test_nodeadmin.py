@@ -4,6 +4,7 @@ others, which between processes comes about once in many runs."""
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -74,6 +75,28 @@ def test_a_primary_is_not_replaced_however_often_one_looks(tmp_path: Path) -> No
         await AdminSide(beta).wait_for("synced")
         with pytest.raises(RefusedError, match="alpha is primary of epoch 1"):
             await promote(beta)
+        assert alpha.state.role == "primary"
+
+    with_a_pair(tmp_path, scenario)
+
+
+def test_w8_nobody_is_promoted_whose_disk_cannot_be_flushed(tmp_path: Path) -> None:
+    """What the last link brought may be in the page cache only: it is durable before the role is taken."""
+
+    async def scenario(alpha: Core, beta: Core) -> None:
+        await promote(alpha)
+        await AdminSide(beta).wait_for("synced")
+        await AdminSide(alpha).demote()
+        reader, writer = os.pipe()
+        try:
+            os.dup2(reader, beta.open.volumes[0].image.fd)  # no fdatasync works on a pipe
+            with pytest.raises(RefusedError, match="beta cannot flush its images: Invalid argument"):
+                await promote(beta)
+        finally:
+            os.close(reader)
+            os.close(writer)
+        assert (beta.state.role, beta.register.copy.register.epoch) == ("secondary", 1)
+        await promote(alpha)
         assert alpha.state.role == "primary"
 
     with_a_pair(tmp_path, scenario)
