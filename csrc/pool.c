@@ -1,4 +1,5 @@
-/* pool.c - see pool.h. A mutex and two condition variables: a job here is about a millisecond, a hand-over under 60 us. */
+/* pool.c - see pool.h. A mutex and two condition variables: a job here is about a millisecond, a hand-over under 60 us.
+ * Nobody is woken who does not sleep, and never with the lock held: he would only run into it. */
 #define _GNU_SOURCE
 #include "pool.h"
 
@@ -35,19 +36,24 @@ static void *work(void *argument)
     while (!pool->stopping) {
         mp_job *job = get(&pool->jobs);
         if (!job) {
+            pool->idle++;
             pthread_cond_wait(&pool->work, &pool->lock);
+            pool->idle--;
             continue;
         }
         pthread_mutex_unlock(&pool->lock);
         job->run(job, self->worker);
         pthread_mutex_lock(&pool->lock);
-        bool first = !pool->done.first;
+        bool first = !pool->done.first, waited = first && pool->waiting;
         put(&pool->done, job);
-        if (first) {
+        if (!first)
+            continue;
+        pthread_mutex_unlock(&pool->lock);
+        if (waited)
             pthread_cond_signal(&pool->finished);
-            uint64_t one = 1;
-            MP_ASSERT(write(pool->event_fd, &one, sizeof one) == sizeof one);
-        }
+        uint64_t one = 1;
+        MP_ASSERT(write(pool->event_fd, &one, sizeof one) == sizeof one);
+        pthread_mutex_lock(&pool->lock);
     }
     pthread_mutex_unlock(&pool->lock);
     return NULL;
@@ -98,8 +104,10 @@ void mp_pool_submit(mp_pool *pool, mp_job *job)
 {
     pthread_mutex_lock(&pool->lock);
     put(&pool->jobs, job);
-    pthread_cond_signal(&pool->work);
+    bool wake = pool->idle;
     pthread_mutex_unlock(&pool->lock);
+    if (wake)
+        pthread_cond_signal(&pool->work);
     pool->pending++;
 }
 
@@ -121,8 +129,11 @@ mp_job *mp_pool_wait(mp_pool *pool)
     if (!pool->pending)
         return NULL;
     pthread_mutex_lock(&pool->lock);
-    while (!pool->done.first)
+    while (!pool->done.first) {
+        pool->waiting = true;
         pthread_cond_wait(&pool->finished, &pool->lock);
+    }
+    pool->waiting = false;
     mp_job *job = get(&pool->done);
     pthread_mutex_unlock(&pool->lock);
     pool->pending--;

@@ -26,7 +26,8 @@ typedef struct mp_pool {
     mp_queue jobs, done;
     bool stopping;
     int event_fd;
-    unsigned threads;
+    unsigned threads, idle; /* idle: asleep, waiting for work */
+    bool waiting; /* the owner sleeps in mp_pool_wait */
     uint64_t pending; /* submitted and not yet taken back; owner thread only */
     struct mp_pool_thread *thread;
 } mp_pool;
