@@ -428,6 +428,10 @@ static void on_tick(void *argument, uint64_t now_ns)
     uint64_t patience = engine->link.up ? engine->link.timeout_ns / 8 : IDLE_TICK;
     engine->loop.tick_ns = idle(engine) ? mp_max(TICK, mp_min(patience, IDLE_TICK)) : TICK;
     engine->loop.next_tick_ns = now_ns + engine->loop.tick_ns;
+    bool resyncing = false, losing = false;
+    for (uint32_t i = 0; i < engine->volumes; i++)
+        mp_mend_pace(&engine->volume[i], &resyncing, &losing);
+    mp_pace_tick(&engine->pace, now_ns, resyncing, losing);
     mp_link_tick(engine, now_ns);
     mp_barrier_tick(engine, now_ns);
     bool granted = mp_grant_holds(engine, mp_boot_ns());
@@ -457,6 +461,7 @@ mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fa
     engine->mail_last = &engine->mail;
     engine->events_last = &engine->events;
     mp_slab_init(&engine->slab);
+    mp_pace_init(&engine->pace, 0);
     mp_list_init(&engine->free_requests);
     mp_list_init(&engine->local);
     mp_list_init(&engine->barrier.next);
@@ -487,6 +492,8 @@ mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fa
     publish(engine);
     return engine;
 }
+
+void mp_engine_set_rate(mp_engine *engine, uint64_t rate) { mp_pace_init(&engine->pace, rate); }
 
 int mp_engine_start(mp_engine *engine)
 {

@@ -24,6 +24,7 @@
 #include "journal.h"
 #include "loop.h"
 #include "nbd.h"
+#include "pace.h"
 #include "pool.h"
 #include "slab.h"
 
@@ -226,6 +227,8 @@ struct mp_engine {
     mp_slab slab;
     mp_volume *volume;
     uint32_t volumes;
+    mp_pace pace;
+    uint32_t open_units; /* of the resync, at its source, of all volumes */
     mp_grant grant;
     bool asked_generation, granted; /* granted: it held when last looked at, and nothing was put off since because it did not */
     mp_link link;
@@ -265,6 +268,7 @@ typedef struct mp_engine_volume { /* what mp_engine_open is given */
 
 /* --- engine.c: for Python (any thread) --- */
 mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fault *fault); /* opens the journals */
+void mp_engine_set_rate(mp_engine *engine, uint64_t rate); /* of the resync, bytes a second, 0: as clients allow; before the start */
 int mp_engine_start(mp_engine *engine); /* 0 or errno */
 void mp_engine_close(mp_engine *engine); /* stops the thread if it runs, frees all */
 mp_command *mp_command_new(mp_command_kind kind, uint32_t extra);
@@ -352,6 +356,7 @@ void mp_mend_spoil(mp_volume *volume); /* a local write failed: what is settled 
 bool mp_mend_wants_barrier(const mp_volume *volume);
 void *mp_mend_want_buffer(mp_volume *volume, const mp_frame *frame); /* where the target's WANT goes; NULL: garbage */
 bool mp_mend_stuck(const mp_volume *volume, uint64_t since_ns); /* a unit was sent before that and is not settled */
+void mp_mend_pace(const mp_volume *volume, bool *resyncing, bool *losing); /* R9: sets what is so at this volume's source */
 void mp_mend_status(const mp_volume *volume, mp_volume_status *status);
 
 #endif

@@ -10,6 +10,7 @@
  *  - R3 a bit goes only after a barrier that began after its unit was settled. Writes of clients go to the target as ordinary
  *    writes all the time, whether their block is in sync or not (R5: they leave its bit alone), so nothing is lost between.
  *  - R4 a unit that meets a write in flight is passed over and tried again; a write that meets a unit waits for it.
+ *  - R9 the workers run at nice 19, and the units that are open, of all volumes together, are as many as pace.h allows.
  *  - What the source cannot read stays dirty; the rest goes on, and it is tried again now and then. The link is not to blame.
  *  - R6 an interrupted resync has lost nothing but the units on their way: the bits are the state.
  */
@@ -61,6 +62,7 @@ static void close_unit(mend_unit *u)
     give_back(mend, &u->payload, u->payload_bytes);
     give_back(mend, &u->held, u->held_bytes);
     if (mend->source) {
+        mend->volume->engine->open_units--;
         mp_flight_leave(&mend->volume->flight, u->place);
         mp_volume_look_again(mend->volume);
     }
@@ -212,7 +214,7 @@ static void open_units(mp_mend *mend)
     mp_volume *volume = mend->volume;
     mp_engine *engine = volume->engine;
     uint64_t first, last, most = MP_BULK / volume->block;
-    while (mend->open_units < MEND_UNITS && mend->settled_count + mend->open_units < MEND_SETTLED && !mp_flight_full(&volume->flight)
+    while (mp_pace_may_open(&engine->pace, engine->open_units) && mend->settled_count + mend->open_units < MEND_SETTLED && !mp_flight_full(&volume->flight)
            && mp_bitmap_next(&volume->journal.dirty, mend->cursor, &first, &last)) {
         last = mp_min(last, first + most);
         uint64_t offset = first * volume->block, length = mp_min((last - first) * volume->block, volume->size - offset);
@@ -233,6 +235,7 @@ static void open_units(mp_mend *mend)
         u->shape = (mp_unit_shape){offset, length, volume->block};
         u->place = mp_flight_enter(&volume->flight, offset, length);
         mend->open_units++;
+        engine->open_units++;
         u->compares = mp_journal_doubted(&volume->journal, offset, length);
         submit(u, u->compares ? WORK_DIGEST : WORK_READ);
     }
@@ -249,6 +252,8 @@ static void send_unit(mend_unit *u)
     u->on_wire = true;
     u->since_ns = mp_now_ns();
     mp_chan_queue(&link->chan, &u->out);
+    if (u->mend->source)
+        mp_pace_sent(&u->mend->volume->engine->pace, MP_FRAME_HEADER + u->out.frame.length);
 }
 
 bool mp_mend_stuck(const mp_volume *volume, uint64_t since_ns)
@@ -502,6 +507,14 @@ void mp_mend_round(mp_volume *volume)
         mend->cursor = 0;
         open_units(mend);
     }
+}
+
+void mp_mend_pace(const mp_volume *volume, bool *resyncing, bool *losing)
+{
+    const mp_mend *mend = volume->mend;
+    bool active = mend->source && mend->state == MEND_RUNNING;
+    *resyncing |= active;
+    *losing |= active && mend->done > mend->total;
 }
 
 void mp_mend_status(const mp_volume *volume, mp_volume_status *status)

@@ -12,7 +12,7 @@
 #include "engine.h"
 #include "wire.h"
 
-#define MEND_UNITS 16u
+#define MEND_UNITS MP_PACE_UNITS
 #define MEND_UNIT_BLOCKS (MP_BULK / MP_BLOCK_MIN)
 #define MEND_META (16u << 10) /* DIGESTS of 256 blocks: 4.2 KiB; DATA's entries: 6 KiB; WANT: 256 x 12 bytes, or 4 tags a KiB */
 #define MEND_SETTLED 1024u    /* runs of blocks that wait for a barrier */

@@ -357,6 +357,7 @@ void mp_request_acked(mp_engine *engine, uint64_t tag)
     }
     uint64_t took = mp_now_ns() - r->sent_ns;
     engine->link.ack_ns = engine->link.ack_ns ? (engine->link.ack_ns * 15 + took) / 16 : took;
+    mp_pace_answer(&engine->pace, took);
     r->peer_done = true;
     mp_request_settle(r);
 }

@@ -69,6 +69,7 @@ cdef extern from "engine.h" nogil:
         uint64_t oldest_unacked_ns
         uint64_t ack_ns
     mp_engine *mp_engine_open(const mp_engine_volume *, uint32_t, mp_fault *)
+    void mp_engine_set_rate(mp_engine *, uint64_t)
     int mp_engine_start(mp_engine *)
     void mp_engine_close(mp_engine *)
     mp_command *mp_command_new(int, uint32_t)
@@ -110,13 +111,13 @@ cdef class Engine:
 
     `volumes`: for each (image_fd, size in bytes, meta_fd, block_size in bytes); the descriptors stay the caller's and must
     outlive the engine. Opening reads the journals: after a crash the blocks of the active extents are dirty. OSError if
-    a metadata file cannot be read.
+    a metadata file cannot be read. `resync_rate`: bytes a second that a resync may send, 0: as much as clients allow (R9).
     """
 
     cdef mp_engine *engine
     cdef list kept
 
-    def __cinit__(self, volumes):
+    def __cinit__(self, volumes, *, uint64_t resync_rate=0):
         cdef mp_engine_volume given[64]
         cdef mp_fault fault
         cdef uint32_t count = 0
@@ -139,6 +140,7 @@ cdef class Engine:
         if self.engine == NULL:
             text = (<bytes>fault.text).decode("utf-8", "replace")
             raise OSError(fault.error or 5, f"metadata: {text}")
+        mp_engine_set_rate(self.engine, resync_rate)
 
     def __dealloc__(self):
         if self.engine != NULL:

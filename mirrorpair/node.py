@@ -85,7 +85,7 @@ class Node:
         stack.callback(core.open.close)
         core.register = LoneRegister(os.path.join(core.me.folder, "register"), core.open.value.incarnation_id)
         self._check_register()
-        core.engine = Engine([volume.engine_entry() for volume in core.open.volumes])
+        core.engine = Engine([volume.engine_entry() for volume in core.open.volumes], resync_rate=core.config.rate)
         stack.callback(core.engine.stop)
         core.view = NodeView(core)
         core.peer_link = PeerLink(

@@ -24,7 +24,6 @@ def unbuilt(config: Config, name: str) -> list[tuple[str, str]]:
         (config.arbiter != "none", "pair.arbiter", '"none": roles by hand, see `mirrorpair promote --help`'),
         (config.failback != "manual", "pair.failback", '"manual"'),
         (config.reads != "validity", "pair.reads", '"validity"'),
-        (config.rate != 0, "resync.rate", '"auto"'),
         (bool(me.heartbeat_addresses), f"{node}.heartbeat-address", "to leave it out"),
         (me.http is not None, f"{node}.http", "to leave it out"),
         (me.nbd_forward, f"{node}.nbd-forward", "false"),

@@ -212,8 +212,8 @@ def make_node(tmp_path: Path) -> Iterator[MakeNode]:
 
     made: list[Node] = []
 
-    def make(name: str, *sizes: int, block: int = BLOCK) -> Node:
-        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block))
+    def make(name: str, *sizes: int, block: int = BLOCK, resync_rate: int = 0) -> Node:
+        made.append(Node(tmp_path, name, sizes or (16 * MIB,), block, resync_rate))
         return made[-1]
 
     yield make

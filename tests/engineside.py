@@ -56,10 +56,18 @@ def new_metadata(path: Path, size: int, block: int = BLOCK) -> int:
 class Node:
     """One engine with its images. `close` is a kill: nothing is made durable that was not."""
 
-    def __init__(self, folder: Path, name: str, sizes: tuple[int, ...] = (16 * MIB,), block: int = BLOCK) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        sizes: tuple[int, ...] = (16 * MIB,),
+        block: int = BLOCK,
+        resync_rate: int = 0,
+    ) -> None:
         self.paths = [folder / f"{name}.{i}.img" for i in range(len(sizes))]
         self.sizes = sizes
         self.block = block
+        self.resync_rate = resync_rate
         self.fds, self.metas = [], []
         for i, (path, size) in enumerate(zip(self.paths, sizes, strict=True)):
             self.fds.append(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -71,7 +79,8 @@ class Node:
 
     def _open(self) -> _core.Engine:
         engine = _core.Engine(
-            [(fd, size, meta, self.block) for fd, size, meta in zip(self.fds, self.sizes, self.metas, strict=True)]
+            [(fd, size, meta, self.block) for fd, size, meta in zip(self.fds, self.sizes, self.metas, strict=True)],
+            resync_rate=self.resync_rate,
         )
         engine.start()
         return engine
@@ -148,7 +157,7 @@ def in_sync(source: Node, target: Node) -> None:
 class MakeNode(Protocol):
     """conftest's fixture; without sizes, one volume of 16 MiB."""
 
-    def __call__(self, name: str, *sizes: int, block: int = BLOCK) -> Node: ...
+    def __call__(self, name: str, *sizes: int, block: int = BLOCK, resync_rate: int = 0) -> Node: ...
 
 
 @dataclass
