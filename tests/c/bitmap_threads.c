@@ -3,6 +3,7 @@
  * Use: bitmap_threads SEED STEPS. Each thread owns the bits whose number is its own modulo THREADS, so all words are shared;
  * it must find its own bits as it left them, whatever the others do, while one more thread counts, seeks and merges.
  */
+#define _GNU_SOURCE
 #include "bitmap.h"
 #include "fakedisk.h"
 
@@ -15,6 +16,7 @@ static uint64_t words[(BITS + 63) / 64], copy_words[(BITS + 63) / 64];
 static mp_bitmap map, copy;
 static bool model[BITS];
 static atomic_bool stop;
+static pthread_barrier_t together; /* a thread that is done before the next one begins would meet nobody */
 
 typedef struct worker {
     pthread_t id;
@@ -33,6 +35,7 @@ static void need(bool holds, const char *what)
 static void *own_bits(void *argument)
 {
     worker *w = argument;
+    pthread_barrier_wait(&together);
     for (uint64_t step = 0; step < w->steps; step++) {
         uint64_t bit = below(&w->rng, BITS / THREADS) * THREADS + w->number;
         need(mp_bitmap_test(&map, bit) == model[bit], "a bit changed by itself");
@@ -48,6 +51,7 @@ static void *own_bits(void *argument)
 static void *look(void *argument)
 {
     worker *w = argument;
+    pthread_barrier_wait(&together);
     while (!atomic_load(&stop)) {
         uint64_t first, last, from = below(&w->rng, BITS);
         need(mp_bitmap_count(&map) <= BITS, "more bits than there are");
@@ -90,6 +94,7 @@ int main(int argc, char **argv)
     worker workers[THREADS + 1];
     mp_bitmap_init(&map, words, BITS);
     mp_bitmap_init(&copy, copy_words, BITS);
+    pthread_barrier_init(&together, NULL, THREADS + 1);
     for (unsigned i = 0; i <= THREADS; i++) {
         workers[i] = (worker){.number = i, .rng = next_random(&rng), .steps = steps};
         need(pthread_create(&workers[i].id, NULL, i < THREADS ? own_bits : look, &workers[i]) == 0, "no thread");
