@@ -64,8 +64,10 @@ DEFECTS = {
         "address",
         "bitmap.c",
         "    return atomic_fetch_or_explicit(&map->words[bit / 64], mask, memory_order_relaxed) & mask;",
-        "    extern int sched_yield(void);\n    uint64_t old = map->words[bit / 64];\n    sched_yield();\n"
-        "    map->words[bit / 64] = old | mask;\n    return old & mask;",
+        (
+            "    extern int sched_yield(void);\n    uint64_t old = map->words[bit / 64];\n    sched_yield();\n"
+            "    map->words[bit / 64] = old | mask;\n    return old & mask;"
+        ),
     ),
     "an event of a source that is gone": (
         "loop_threads",
