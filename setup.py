@@ -5,7 +5,8 @@ Rules:
 - One wheel for every Python from 3.11 on: both extensions keep to the stable ABI (cp311-abi3).
 - Assertions stay on: Python's own flags carry -DNDEBUG (and -fwrapv, which hides overflows from UBSan).
 - The C that Cython and cffi generate goes below build/, never beside its source.
-- MIRRORPAIR_SANITIZE=address,undefined builds both extensions under these sanitizers.
+- MIRRORPAIR_SANITIZE=address,undefined builds both extensions under these sanitizers, in a folder of their own:
+  what was built otherwise would be taken for up to date.
 """
 
 import os
@@ -17,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 from setuptools.errors import SetupError
 
+SANITIZERS = os.environ.get("MIRRORPAIR_SANITIZE")
 STABLE_ABI = ("Py_LIMITED_API", "0x030B0000")
 WARNINGS = ["-Wall", "-Wextra"]
 # Left out of the sdist by setuptools, which knows only tests/test*.py; and what a tree holds besides sources.
@@ -28,9 +30,9 @@ def compile_flags() -> tuple[list[str], list[str]]:
     """What the compiler and the linker are told."""
     compile_args = ["-std=c11", "-O3", *WARNINGS, "-fvisibility=hidden", "-UNDEBUG", "-pthread"]
     link_args = ["-pthread"]
-    if sanitizers := os.environ.get("MIRRORPAIR_SANITIZE"):
-        compile_args += [f"-fsanitize={sanitizers}", "-fno-wrapv", "-fno-omit-frame-pointer", "-g", "-O1"]
-        link_args.append(f"-fsanitize={sanitizers}")
+    if SANITIZERS:
+        compile_args += [f"-fsanitize={SANITIZERS}", "-fno-wrapv", "-fno-omit-frame-pointer", "-g", "-O1"]
+        link_args.append(f"-fsanitize={SANITIZERS}")
     return compile_args, link_args
 
 
@@ -87,5 +89,9 @@ setup(
     ],
     cffi_modules=["csrc/linux_build.py:ffi"],
     cmdclass={"build_ext": BuildExt, "sdist": Sdist},
-    options={"build_ext": {"cython_c_in_temp": True}, "bdist_wheel": {"py_limited_api": "cp311"}},
+    options={
+        "build": {"build_base": f"build/{SANITIZERS}" if SANITIZERS else "build"},
+        "build_ext": {"cython_c_in_temp": True},
+        "bdist_wheel": {"py_limited_api": "cp311"},
+    },
 )

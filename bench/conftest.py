@@ -1,7 +1,8 @@
 """Joins the benchmarks to pytest: one session for all of them, and the tables at the end.
 
 Rules: with `--benchmark-skip`, `--benchmark-disable` or `--collect-only` nothing is measured. A missing tool skips
-its benchmarks with the reason. What stays on the disk after a run is the results, as JSON, and nothing else.
+its benchmarks with the reason. Nothing runs beside a benchmark. What stays on the disk after a run is the results, as
+JSON, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _SESSION = pytest.StashKey[Session]()
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return 0
 
 
 @pytest.fixture(scope="session")

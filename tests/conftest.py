@@ -3,6 +3,10 @@
 Rules:
 - Whatever a fixture makes in the kernel (mounts, loop devices) is taken down again, also when the test fails.
 - A test that cannot run here skips and says why; CI runs as root with all tools, so there it runs.
+- Tests run side by side (pytest-xdist), about two for each CPU: many wait for the disk or for another process. `-n 0`
+  or the name of a single file runs them one after the other. What is dear to make is made once where its tests bear
+  the same `xdist_group`.
+- Under a sanitized Python (sanitized.py) a report fails the test during which it appears.
 - A random test takes `rng`: its seed is in the report of a failure, and MIRRORPAIR_TEST_SEED=n repeats it.
 """
 
@@ -19,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 import pytest
+import sanitized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from types import FrameType
 
     from engineside import MakeNode
@@ -38,6 +43,51 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 KIB = 1024
 MIB = 1024 * KIB
 NOBODY = 65534
+
+
+# --- how the tests are run
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    if len(config.args) == 1 and not Path(config.args[0]).is_dir():
+        return 0
+    return min(2 * len(os.sched_getaffinity(0)), 8)
+
+
+def worker_of(config: pytest.Config) -> str | None:
+    workerinput: dict[str, str] = getattr(config, "workerinput", {})
+    return workerinput.get("workerid")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if sanitized.active() and (worker := worker_of(config)):
+        sanitized.name_worker(worker)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if sanitized.active() and (mark := item.get_closest_marker("not_sanitized")):
+        pytest.skip(f"not under a sanitized Python: {mark.args[0]}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        if sanitized.active() and (found := sanitized.take_reports(worker_of(item.config))):
+            pytest.fail(f"sanitizers reported, while this test ran or one beside it:\n{found}", pytrace=False)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """What was reported outside of tests, or by a worker that did not live to tell."""
+    if sanitized.active() and worker_of(session.config) is None and (found := sanitized.take_reports("*")):
+        print(f"\nsanitizers reported, outside of the tests:\n{found}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+# --- what tests ask for
 
 
 class LoopDevice(Protocol):

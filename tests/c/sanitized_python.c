@@ -1,0 +1,63 @@
+/* sanitized_python.c - a Python that brings the runtimes of ASan and UBSan itself; tests/sanitized.py builds it.
+ *
+ * Rules:
+ * - Linked with -fsanitize, compiled without: the options are asked for before the runtimes are ready.
+ * - Nothing is in the environment (no LD_PRELOAD): strace, ssh, sshd, rsync and cc started by a test stay as they are, and a
+ *   far end behind sshd, which drops the environment, is sanitized all the same.
+ * - Reports go to files PATH.PID, PATH being REPORTS or what the environment's MIRRORPAIR_REPORTS says: a daemon's stderr may
+ *   be anybody's. Whoever runs the tests must look for them.
+ * - The first report of either kind ends the process, with an exit code that no command of ours has.
+ * - A fatal signal is reported even where the core resets its handlers (2: cannot be replaced); SIGBUS is guard.c's own.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <Python.h>
+
+const char *__asan_default_options(void);
+const char *__ubsan_default_options(void);
+void __asan_init(void);
+void __ubsan_handle_add_overflow(void *data, void *a, void *b);
+
+__attribute__((visibility("default"))) const char *__asan_default_options(void)
+{
+    return "exitcode=86:log_path=" REPORTS ":detect_leaks=0:handle_segv=2:handle_sigfpe=2:handle_sigill=2:"
+           "verify_asan_link_order=0";
+}
+
+__attribute__((visibility("default"))) const char *__ubsan_default_options(void)
+{
+    return "exitcode=86:halt_on_error=1:print_stacktrace=1";
+}
+
+/* Each runtime has a file of its own for its reports, and a function of the same name to set it; UBSan's log_path does not. */
+static int set_path(void *inside, const char *path)
+{
+    void (*set)(const char *);
+    void *library;
+    Dl_info info;
+
+    if (!dladdr(inside, &info))
+        return -1;
+    library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library)
+        return -1;
+    *(void **)&set = dlsym(library, "__sanitizer_set_report_path");
+    if (!set)
+        return -1;
+    set(path);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *path = getenv("MIRRORPAIR_REPORTS");
+
+    if (!path)
+        path = REPORTS;
+    if (set_path((void *)&__asan_init, path) || set_path((void *)&__ubsan_handle_add_overflow, path)) {
+        fprintf(stderr, "%s: the sanitizers' runtimes cannot be told where to report\n", argv[0]);
+        return 86;
+    }
+    setenv("PYTHONMALLOC", "malloc", 0); /* so that ASan sees each object */
+    return Py_BytesMain(argc, argv);
+}
