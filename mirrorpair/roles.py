@@ -235,8 +235,8 @@ def _readopt(state: State, why: str) -> Step:
 
 def _returning_meets(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerUp | PeerSaid)
-    state = _note_peer(state, event.role, event.epoch, now)
-    if event.role == "primary":
+    state = _note_peer(state, event, now)
+    if state.peer_role == "primary":
         return _yield(state)
     if isinstance(event, PeerSaid):
         return _stay(state)
@@ -271,14 +271,17 @@ def _returning_waited(state: State, _event: Event, now: int) -> Step:
     return _readopt(state, f"it was primary and {state.peer} is not there")
 
 
-def _note_peer(state: State, role: RoleName, epoch: int, now: int) -> State:
-    return _set(state, peer_up=True, peer_role=role, peer_epoch=epoch, peer_left=False, last_heard_ns=now)
+def _note_peer(state: State, event: PeerUp | PeerSaid, now: int) -> State:
+    if state.peer_left and isinstance(event, PeerSaid):
+        # A beat behind the farewell says nothing new: only a new session makes the peer one that has not left.
+        return _set(state, last_heard_ns=now)
+    return _set(state, peer_up=True, peer_role=event.role, peer_epoch=event.epoch, peer_left=False, last_heard_ns=now)
 
 
 def _peer_up(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerUp | PeerSaid)
     return _stay(
-        _note_peer(state, event.role, event.epoch, now),
+        _note_peer(state, event, now),
         f"{state.peer} is there: {event.role} of epoch {event.epoch}",
     )
 

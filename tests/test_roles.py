@@ -225,6 +225,18 @@ def test_a1_alone_only_after_the_shrink_is_ok() -> None:
     assert (alone.phase, alone.in_sync) == (Phase.ALONE, ("alpha",))
 
 
+@pytest.mark.parametrize("late", ["primary", "secondary"])
+def test_a18_a_beat_behind_the_farewell_changes_nothing(late: rolewords.RoleName) -> None:
+    """Or a `promote` right after a graceful stop of the primary would be refused: it may be serving in silence."""
+    secondary = primary(Phase.SECONDARY, primary="beta", peer_role="primary")
+    left, _ = run(secondary, PeerLeft(), PeerSaid(late, 7), PeerDown("it hung up", 0))
+    assert left.peer_left
+    _, actions = run(left, promote())
+    assert swap_of(actions).purpose == "promote"
+    back, _ = run(left, PeerUp("secondary", 7))
+    assert not back.peer_left
+
+
 def test_a_peer_that_is_not_in_sync_is_not_waited_for() -> None:
     alone, actions = run(primary(in_sync=("alpha",)), LinkLost("cut"))
     assert (alone.phase, actions) == (Phase.ALONE, [])
