@@ -15,9 +15,12 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"
@@ -60,6 +63,15 @@ ONETHREAD_WRAPS = tuple(
     )
 )
 FLAVOURS = {"thread": THREAD, "address": ADDRESS}
+# For a module's pytestmark: these programs bring their sanitizers, Python only starts them.
+NOT_SANITIZED = pytest.mark.not_sanitized(
+    "its programs bring their own sanitizers, and no other code of ours runs in it"
+)
+
+
+def each_flavour(group: str, flavours: Iterable[str] = tuple(FLAVOURS)) -> list[object]:
+    """For parametrize: the tests of one flavour share what is compiled, hence a worker."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(f"{group}-{name}")) for name in flavours]
 
 
 def environment() -> dict[str, str]:

@@ -17,10 +17,12 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from native import FUZZER, HERE, ONETHREAD_WRAPS, SOURCES, Native, Program
+from native import FUZZER, HERE, NOT_SANITIZED, ONETHREAD_WRAPS, SOURCES, Native, Program
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = [NOT_SANITIZED, pytest.mark.xdist_group("fuzz")]
 
 FUZZ = HERE / "fuzz"
 REQUEST = b"\x25\x60\x95\x13"

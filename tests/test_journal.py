@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import xxhash
+from native import NOT_SANITIZED, each_flavour
 
 if TYPE_CHECKING:
     import random
@@ -141,14 +142,16 @@ def builder(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Build
     return Builder(tmp_path_factory.mktemp("journal"))
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", each_flavour("journal", FLAVOURS))
+@NOT_SANITIZED
 def test_m3_whatever_may_differ_is_dirty_after_every_crash(builder: Builder, rng: random.Random, flavour: str) -> None:
     first, count = rng.getrandbits(40), 30 if flavour == "plain" else 6
     print(builder.program("journal_model", flavour).passes(first, count, 4000))
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", each_flavour("journal", FLAVOURS))
 @pytest.mark.parametrize("name", CHECKS)
+@NOT_SANITIZED
 def test_the_rules_one_by_one(builder: Builder, name: str, flavour: str) -> None:
     program = builder.program(name, flavour)
     checks = program.passes("list").split()
@@ -157,12 +160,15 @@ def test_the_rules_one_by_one(builder: Builder, name: str, flavour: str) -> None
     assert failed == {}
 
 
+@pytest.mark.xdist_group("journal-plain")
+@NOT_SANITIZED
 def test_every_rule_of_the_journal_has_a_check(builder: Builder) -> None:
     checks = [check for name in CHECKS for check in builder.program(name).passes("list").split()]
     assert {check[:2] for check in checks} >= {"m4", "m5", "m6", "m7", "m8", "r2", "r3", "w7"}
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", each_flavour("journal", FLAVOURS))
+@NOT_SANITIZED
 def test_jobs_in_a_pool_touch_only_what_is_theirs(builder: Builder, rng: random.Random, flavour: str) -> None:
     builder.program("journal_threads", flavour).passes(rng.getrandbits(40), 4000)
 
@@ -249,6 +255,8 @@ BREAKS_THE_MODEL = {
 
 
 @pytest.mark.parametrize("rule", BREAKS_THE_MODEL)
+@pytest.mark.xdist_group("journal-broken")
+@NOT_SANITIZED
 def test_m3_the_model_finds_a_broken_rule(builder: Builder, rule: str) -> None:
     done = builder.broken("journal_model", *BREAKS_THE_MODEL[rule])(1, 200, 4000)
     assert done.returncode not in {0, NEVER_TRIED}, done.stdout
@@ -281,6 +289,8 @@ BREAKS_A_CHECK = {
 
 
 @pytest.mark.parametrize("check", BREAKS_A_CHECK)
+@pytest.mark.xdist_group("journal-broken")
+@NOT_SANITIZED
 def test_a_check_finds_its_broken_rule(builder: Builder, check: str) -> None:
     name = next(name for name in CHECKS if check in builder.program(name).passes("list").split())
     assert builder.broken(name, *BREAKS_A_CHECK[check])(check).returncode not in {0, NEVER_TRIED}

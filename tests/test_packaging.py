@@ -23,6 +23,11 @@ import mirrorpair
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = [
+    pytest.mark.xdist_group("packaging"),
+    pytest.mark.not_sanitized("it builds the real packages, which are no sanitized ones"),
+]
+
 OLDEST_SETUPTOOLS = 77
 HEADER_SENTENCE = (
     "error: xxhash.h is missing: install xxHash's header (Debian package libxxhash-dev), then build again."

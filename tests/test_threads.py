@@ -11,11 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from native import FLAVOURS, HERE, SOURCES, Native
+from native import FLAVOURS, HERE, NOT_SANITIZED, SOURCES, Native, each_flavour
 
 if TYPE_CHECKING:
     import random
     from pathlib import Path
+
+pytestmark = NOT_SANITIZED
 
 C = HERE / "c"
 
@@ -25,7 +27,7 @@ def native(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Native
     return Native(tmp_path_factory.mktemp("threads"))
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", each_flavour("threads"))
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -40,7 +42,7 @@ def test_a_shared_part(native: Native, rng: random.Random, name: str, arguments:
     print(native.program(FLAVOURS[flavour], C / f"{name}.c").passes(rng.getrandbits(40), *arguments))
 
 
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("flavour", each_flavour("threads"))
 def test_two_engines_through_cuts_kills_and_changes_of_role(
     native: Native, rng: random.Random, tmp_path: Path, flavour: str
 ) -> None:
