@@ -332,6 +332,8 @@ def use(builder: Builder) -> Callable[..., tuple[bool, list[str]]]:
     return run
 
 
+@pytest.mark.xdist_group("journal-plain")
+@NOT_SANITIZED
 def test_the_file_is_read_as_the_layout_says(tmp_path: Path, use: Callable[..., tuple[bool, list[str]]]) -> None:
     records = {3: make_record(7, [5]), 0: make_record(8, [2, 1536, 1537]), 1: make_record(5, [9])}
     path = make_file(tmp_path / "meta", records, {0: 1, 600: 1 << 63})
@@ -339,6 +341,8 @@ def test_the_file_is_read_as_the_layout_says(tmp_path: Path, use: Callable[..., 
     assert use(path, 0, 1) == (False, expected)
 
 
+@pytest.mark.xdist_group("journal-plain")
+@NOT_SANITIZED
 def test_the_file_is_written_as_the_layout_says(tmp_path: Path, use: Callable[..., tuple[bool, list[str]]]) -> None:
     path = make_file(tmp_path / "meta", {0: make_record(0, [])}, {})
     assert use(path, 70 * BLOCK - 1, 2) == (False, [])
@@ -352,6 +356,8 @@ def test_the_file_is_written_as_the_layout_says(tmp_path: Path, use: Callable[..
     assert use(path, 0, 1) == (False, ["64-128"])  # a crash: the whole extent
 
 
+@pytest.mark.xdist_group("journal-plain")
+@NOT_SANITIZED
 def test_m7_a_file_without_any_record_is_all_dirty(tmp_path: Path, use: Callable[..., tuple[bool, list[str]]]) -> None:
     path = make_file(tmp_path / "meta", {}, {})
     assert use(path, 0, 1) == (True, [f"0-{BLOCKS}"])
