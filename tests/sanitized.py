@@ -68,7 +68,7 @@ def libpython() -> list[str]:
         static = Path(folder, f"libpython{known['LDVERSION']}.a")
         if static.exists():
             needs = [word for name in ("MODLIBS", "LIBS", "SYSLIBS") for word in (known.get(name) or "").split()]
-            return ["-Wl,--whole-archive", str(static), "-Wl,--no-whole-archive", *needs]
+            return ["-no-pie", "-Wl,--whole-archive", str(static), "-Wl,--no-whole-archive", *needs]
     sys.exit(
         f"{sys.base_prefix}: Python {known['LDVERSION']} has neither {shared} nor a libpython{known['LDVERSION']}.a; "
         "without one of them no program can be linked that is this Python (Debian: package python3-dev)"
