@@ -225,7 +225,7 @@ def test_ctrl_c_on_a_terminal_reaches_every_process_and_is_still_one_interrupt(
     source, target = make_image("a.img", size, {0: os.urandom(size)}), make_image("b.img", size)
     arguments = ("resync", "--json", "--rate", "10MiB/s", "--rsh", fake_ssh(tmp_path), source, f"ssh://h{target}")
     with running(*arguments, group=True) as program:
-        program.out.wait_for('"progress"')
+        program.out.wait_for(r'"sent_bytes":\s*[1-9]')
         os.killpg(program.process.pid, signal.SIGINT)
         assert program.process.wait(LIMIT_S) == 130
         assert json.loads(program.out.rest()[-1])["code"] == 130
