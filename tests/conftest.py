@@ -272,6 +272,15 @@ def make_node(tmp_path: Path) -> Iterator[MakeNode]:
 
 
 @pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of this host that nobody listens on."""
+    from farside import held_port
+
+    with held_port() as port:
+        yield port
+
+
+@pytest.fixture
 def rng() -> random.Random:
     """Random numbers whose seed is told: pytest shows what a failed test printed."""
     seed = int(os.environ.get("MIRRORPAIR_TEST_SEED") or random.SystemRandom().getrandbits(32))

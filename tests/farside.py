@@ -191,12 +191,13 @@ def peer(talk: Callable[[_core.Channel, socket.socket], None]) -> Iterator[int]:
     assert not thread.is_alive()
 
 
-def closed_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this host that nobody listens on: a socket holds it, which does not listen but lets others do so."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def alive(pid: int) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from farside import LIMIT_S, MIRRORPAIR, closed_port, environment, fake_ssh, run_cli, running, serving, write_script
+from farside import LIMIT_S, MIRRORPAIR, environment, fake_ssh, run_cli, running, serving, write_script
 
 import mirrorpair
 from mirrorpair.cli import COMMANDS, run
@@ -320,7 +320,7 @@ def test_the_tail_of_a_larger_device_is_ignored_and_reported(make_image: MakeIma
 # --- bad input
 
 
-def test_bad_input_has_the_contracts_exit_codes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_bad_input_has_the_contracts_exit_codes(tmp_path: Path, pair: tuple[Path, Path], closed_port: int) -> None:
     source, target = pair
     before = target.read_bytes()
     (tmp_path / "folder").mkdir()
@@ -339,7 +339,7 @@ def test_bad_input_has_the_contracts_exit_codes(tmp_path: Path, pair: tuple[Path
         (source, tmp_path / "link", 2),
         (tmp_path / "hard", source, 2),
         (source, tmp_path / "no" / "folder.img", 2),
-        (source, f"tcp://127.0.0.1:{closed_port()}/x", 11),
+        (source, f"tcp://127.0.0.1:{closed_port}/x", 11),
         (source, "tcp://no-such-host.invalid:9/x", 11),
         (source, "ssh://-oProxyCommand=x/x", 2),
     ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from farside import held_port
 
 from mirrorpair._core import FRAME_HELLO, FRAME_WELCOME
 from mirrorpair.address import TcpAddress, UnixAddress
@@ -214,14 +215,9 @@ def test_a_node_that_may_not_promise_answers_all_the_same(tmp_path: Path) -> Non
 
 
 def test_over_tcp_as_well(tmp_path: Path) -> None:
-    def free() -> TcpAddress:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return TcpAddress("127.0.0.1", probe.getsockname()[1])
-
     async def scenario() -> None:
         nodes = Node("alpha", "beta"), Node("beta", "alpha")
-        where = free(), free()
+        where = TcpAddress("127.0.0.1", one), TcpAddress("127.0.0.1", other)
         links = [
             PeerLink(node, node=node.name, peer=node.peer_name, listen=where[i], dial=where[1 - i], timing=PATIENT)
             for i, node in enumerate(nodes)
@@ -235,7 +231,8 @@ def test_over_tcp_as_well(tmp_path: Path) -> None:
             for link in links:
                 await link.stop()
 
-    run(scenario())
+    with held_port() as one, held_port() as other:
+        run(scenario())
 
 
 def test_requests_are_answered_with_a_word_or_a_reason(tmp_path: Path) -> None:

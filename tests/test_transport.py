@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from farside import FAR_COMMAND, LIMIT_S, alive, children, closed_port, fake_ssh, peer, run_cli, write_script
+from farside import FAR_COMMAND, LIMIT_S, alive, children, fake_ssh, held_port, peer, run_cli, write_script
 
 from mirrorpair import _core, transport
 from mirrorpair.endpoint import SshEndpoint, TcpEndpoint
@@ -123,9 +123,9 @@ def test_a_port_that_rsh_cannot_be_told_is_warned_about(caplog: pytest.LogCaptur
 # --- TCP
 
 
-def test_a_closed_port_is_unreachable() -> None:
+def test_a_closed_port_is_unreachable(closed_port: int) -> None:
     with pytest.raises(UnreachableError, match="refused") as caught:
-        open_at(closed_port())
+        open_at(closed_port)
     assert caught.value.exit_code == 11
 
 
@@ -407,8 +407,7 @@ def sshd(tmp_path: Path, need_tool: Callable[[str], str]) -> Iterator[Path]:
 
 
 def _start_sshd(server: str, folder: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    for _ in range(5):
-        port = closed_port()
+    with held_port() as port:
         (folder / "config").write_text(
             f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
             f"PidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\n"
