@@ -138,9 +138,10 @@ def join(
     epoch: int = 1,
     session: int = 77,
     timeout: float = 20.0,
+    ends: tuple[socket.socket, socket.socket] | None = None,
 ) -> None:
-    """A session between two engines."""
-    near, far = socket.socketpair()
+    """A session between two engines. `ends`: the source's and the target's, which may have something between them."""
+    near, far = ends or socket.socketpair()
     plans = plans or [_core.PLAN_NONE] * len(source.sizes)
     for node, sock, is_source in ((target, far, False), (source, near, True)):
         with sock:

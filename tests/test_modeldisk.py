@@ -1,0 +1,225 @@
+"""Two engines against a model of a disk, through real NBD connections, with whatever can happen to a pair.
+
+Rules:
+- hypothesis chooses the steps (its state machine, which also shrinks them); modelpair.py does them; modeldisk.py judges.
+- Whether a step can be done depends on when the link is lost, which no seed repeats: one that cannot is passed over.
+- Every run ends with both nodes in sync, the images equal, and everything acknowledged in them.
+- The usual run is the same every time. MIRRORPAIR_TEST_MODEL=n takes n times as many, other ones each time: for the night.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import engineside
+import pytest
+from engineside import FLUSH, FUA, KIB, MIB, NO_HOLE, READ, TRIM, WRITE, ZEROES
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from modeldisk import ModelDisk
+from modelpair import Pair, counts_unwritten
+from relay import Damage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+TIMES = int(os.environ.get("MIRRORPAIR_TEST_MODEL", "0"))
+EXAMPLES = 70
+STEPS = 40
+
+# Block size and sizes of the volumes: no multiple of 4 KiB, several extents of 64 blocks.
+SHAPES = [
+    (4 * KIB, (900 * KIB + 777,)),
+    (64 * KIB, (5 * MIB + 4097,)),
+    (4 * KIB, (600 * KIB + 1, 70 * KIB - 1)),
+]
+
+# Where requests meet: the edges of blocks and extents, and the end.
+EDGES = st.sampled_from([0, 4 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, 4 * MIB, -1]) | st.integers(0, 255).map(
+    lambda n: n * 20 * KIB + n
+)
+SHIFTS = st.sampled_from([0, 0, -1, 1, -511, 512, 4095, -4096]) | st.integers(-70000, 70000)
+LENGTHS = st.sampled_from(
+    [1, 511, 512, 513, 4095, 4096, 4097, 8192, 65535, 65536, 65537, 128 * KIB + 1, 256 * KIB, 256 * KIB + 1]
+) | st.integers(1, 300 * KIB)
+KINDS = st.sampled_from([WRITE, WRITE, WRITE, WRITE, READ, READ, TRIM, ZEROES, ZEROES | NO_HOLE << 8, FLUSH])
+SLOTS = st.sampled_from([0, 0, 1, 2, 3])
+REQUESTS = st.tuples(SLOTS, KINDS, EDGES, SHIFTS, LENGTHS, st.sampled_from([0, 0, 0, FUA]))
+BURSTS = st.lists(REQUESTS, min_size=1, max_size=8)
+LINES = st.none() | st.builds(
+    Damage,
+    kind=st.sampled_from(["cut", "hold"]),
+    offset=st.sampled_from([0, 79, 80, 300]) | st.integers(0, 400_000),
+    back=st.sampled_from([False, False, True]),
+)
+
+
+class Machine(RuleBasedStateMachine):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.pair: Pair | None = None
+
+    @initialize(shape=st.sampled_from(SHAPES), damage=LINES)
+    def begin(self, shape: tuple[int, tuple[int, ...]], damage: Damage | None) -> None:
+        self.pair = Pair(self.folder / "pair", shape[1], shape[0])
+        self.pair.rejoin(damage=damage)
+
+    def teardown(self) -> None:
+        if self.pair is None:
+            return
+        try:
+            self.pair.finish()
+        finally:
+            self.pair.close()
+
+    # --- clients
+
+    def _place(self, volume: int, edge: int, shift: int, length: int) -> tuple[int, int]:
+        size = self.pair.sizes[volume]
+        length = min(length, size)
+        at = size - length if edge == -1 else (edge + shift) % size
+        return at, min(length, size - at)
+
+    def _start(self, slot: int, kind: int, edge: int, shift: int, length: int, flags: int) -> None:
+        kind, extra = kind & 0xFF, kind >> 8
+        if kind == FLUSH:
+            self.pair.request(slot, FLUSH, 0, 0)
+            return
+        at, length = self._place(self.pair.connect(slot).volume, edge, shift, length)
+        self.pair.request(slot, kind, at, length, 0 if kind == READ else flags | extra)
+
+    @rule(burst=BURSTS)
+    def requests(self, burst: list[tuple[int, int, int, int, int, int]]) -> None:
+        for one in burst:
+            self._start(*one)
+        self.pair.pump()
+
+    @rule(slots=st.lists(SLOTS, min_size=2, max_size=6), edge=EDGES, kind=KINDS, lengths=st.lists(LENGTHS, min_size=6))
+    def one_place(self, slots: list[int], edge: int, kind: int, lengths: list[int]) -> None:
+        """Of several clients at once."""
+        for slot, length in zip(slots, lengths, strict=False):
+            self._start(slot, WRITE if length % 2 else kind, edge, -(length // 2), length, 0)
+        self.pair.pump()
+
+    @rule()
+    def answers(self) -> None:
+        if self.pair.serving:
+            self.pair.answered()
+
+    @rule(slot=SLOTS)
+    def hang_up(self, slot: int) -> None:
+        if slot in self.pair.connections:
+            self.pair.hang_up(slot)
+
+    @rule(request=REQUESTS, fua=st.booleans())
+    def durable(self, request: tuple[int, int, int, int, int, int], fua: bool) -> None:
+        slot, kind, edge, shift, length, _ = request
+        kind, extra = kind & 0xFF, kind >> 8
+        if kind == READ or not fua:
+            kind, extra = FLUSH, 0
+        at, length = self._place(self.pair.connect(slot).volume, edge, shift, length)
+        if kind == FLUSH:
+            self.pair.durable(slot, FLUSH, 0, 0, 0)
+        else:
+            self.pair.durable(slot, kind, at, length, FUA | extra)
+
+    # --- the link
+
+    @rule()
+    def settle(self) -> None:
+        if self.pair.joined:
+            self.pair.settle()
+
+    @rule(first=st.integers(0, 1))
+    def cut(self, first: int) -> None:
+        if self.pair.joined:
+            self.pair.cut(first)
+
+    @rule(full=st.booleans(), damage=LINES, burst=BURSTS)
+    def rejoin(self, full: bool, damage: Damage | None, burst: list[tuple[int, int, int, int, int, int]]) -> None:
+        self.pair.rejoin(full=full, damage=damage)
+        self.requests(burst)
+
+    @rule(ask=st.booleans())
+    def alone(self, ask: bool) -> None:
+        if not self.pair.serving:
+            self.pair.go_alone(ask=ask)
+
+    @rule(edge=EDGES, shift=SHIFTS, length=LENGTHS)
+    def scribble(self, edge: int, shift: int, length: int) -> None:
+        if not self.pair.joined:
+            self.pair.scribble(0, *self._place(0, edge, shift, length))
+
+    @rule()
+    def all_dirty(self) -> None:
+        if not self.pair.joined:
+            self.pair.primary.engine.set_all_dirty(0)
+
+    # --- nodes
+
+    @rule(secondary=st.booleans(), alone=st.booleans(), over=st.booleans())
+    def primary_crashes(self, secondary: bool, alone: bool, over: bool) -> None:
+        self.pair.crash(primary=True, secondary=secondary)
+        self._next(over, alone)
+
+    @rule()
+    def secondary_crashes(self) -> None:
+        self.pair.crash(primary=False, secondary=True)
+
+    @rule(graceful=st.booleans(), alone=st.booleans())
+    def primary_restarts(self, graceful: bool, alone: bool) -> None:
+        self.pair.stop(graceful=graceful)
+        self._next(False, alone)
+
+    @rule()
+    def secondary_restarts(self) -> None:
+        self.pair.stop_secondary()
+
+    @rule(alone=st.booleans())
+    def roles_change(self, alone: bool) -> None:
+        if 1 - self.pair.at in self.pair.current:
+            self.pair.fence()
+            self.pair.take_over(alone=alone)
+
+    def _next(self, over: bool, alone: bool) -> None:
+        if over and 1 - self.pair.at in self.pair.current:
+            self.pair.take_over(alone=alone)
+        else:
+            self.pair.comes_back(alone=alone)
+
+
+@pytest.fixture
+def counted(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder on a file system that says what of a file is not on the disk."""
+    if counts_unwritten(tmp_path):
+        return tmp_path
+    image = tmp_path / "fs"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    need: Callable[[str], str] = request.getfixturevalue("need_tool")
+    os.spawnv(os.P_WAIT, need("mkfs.ext4"), ["mkfs.ext4", "-q", str(image)])
+    folder: Path = request.getfixturevalue("mount")(kind="ext4", device=request.getfixturevalue("loop_device")(image))
+    if not counts_unwritten(folder):
+        pytest.skip("this kernel has no cachestat")
+    return folder
+
+
+def test_a_pair_is_one_disk(counted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W1, W2, W4, W5, W7, W9, M3, M5, M6, M8, G3, R1-R6, A4, A17."""
+    monkeypatch.setattr(engineside, "LIMIT_S", 15.0)
+    run_state_machine_as_test(
+        lambda: Machine(counted),
+        settings=settings(
+            max_examples=EXAMPLES * max(1, TIMES),
+            stateful_step_count=STEPS,
+            derandomize=not TIMES,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        ),
+    )
