@@ -45,7 +45,7 @@ from mirrorpair import _core
 from mirrorpair.metadata import LOG_RECORDS, newest_record, parse_record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from relay import Damage
@@ -374,10 +374,19 @@ class Pair:
 
     def differing(self, volume: int) -> set[int]:
         one, other = (node.content(volume) for node in self.nodes)
-        if one == other:
-            return set()
-        starts = range(0, self.sizes[volume], self.block)
-        return {at // self.block for at in starts if one[at : at + self.block] != other[at : at + self.block]}
+        return set(self._differing(one, other, 0, self.sizes[volume])) if one != other else set()
+
+    def _differing(self, one: bytes, other: bytes, low: int, high: int) -> Iterator[int]:
+        """Numbers of blocks, by halves: most of the images is equal."""
+        blocks = -(-(high - low) // self.block)
+        if one[low:high] == other[low:high]:
+            return
+        if blocks == 1:
+            yield low // self.block
+            return
+        middle = low + blocks // 2 * self.block
+        yield from self._differing(one, other, low, middle)
+        yield from self._differing(one, other, middle, high)
 
     def recorded(self, node: Node, volume: int) -> tuple[set[int], set[int]]:
         """What its metadata says now: dirty blocks, blocks of active extents."""
@@ -387,9 +396,9 @@ class Pair:
         record = newest_record([parse_record(i, log[i * RECORD : (i + 1) * RECORD]) for i in range(LOG_RECORDS)])
         extents = record.extents if record else range(1 << 10)
         blocks = -(-self.sizes[volume] // self.block)
-        bits = int.from_bytes(data[BITMAP_AT:], "little")
+        bits = f"{int.from_bytes(data[BITMAP_AT:], 'little'):b}"[::-1]
         active = {b for e in extents for b in range(e * EXTENT_BLOCKS, min((e + 1) * EXTENT_BLOCKS, blocks))}
-        return {i for i in range(blocks) if bits >> i & 1} if bits else set(), active
+        return {i for i, bit in enumerate(bits) if bit == "1"}, active
 
     def check_bits(self, *, running: bool = True) -> None:
         """M3: durable, on one node. W7 in memory, as a number, for that is all that a running engine tells."""

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TIMES = int(os.environ.get("MIRRORPAIR_TEST_MODEL", "0"))
-EXAMPLES = 70
+EXAMPLES = 100
+Request = tuple[int, int, int, int, int, int]
 STEPS = 40
 
 # Block size and sizes of the volumes: no multiple of 4 KiB, several extents of 64 blocks.
@@ -93,7 +94,7 @@ class Machine(RuleBasedStateMachine):
         self.pair.request(slot, kind, at, length, 0 if kind == READ else flags | extra)
 
     @rule(burst=BURSTS)
-    def requests(self, burst: list[tuple[int, int, int, int, int, int]]) -> None:
+    def requests(self, burst: list[Request]) -> None:
         for one in burst:
             self._start(*one)
         self.pair.pump()
@@ -116,7 +117,7 @@ class Machine(RuleBasedStateMachine):
             self.pair.hang_up(slot)
 
     @rule(request=REQUESTS, fua=st.booleans())
-    def durable(self, request: tuple[int, int, int, int, int, int], fua: bool) -> None:
+    def durable(self, request: Request, fua: bool) -> None:
         slot, kind, edge, shift, length, _ = request
         kind, extra = kind & 0xFF, kind >> 8
         if kind == READ or not fua:
@@ -129,18 +130,20 @@ class Machine(RuleBasedStateMachine):
 
     # --- the link
 
-    @rule()
-    def settle(self) -> None:
+    @rule(burst=BURSTS)
+    def settle(self, burst: list[Request]) -> None:
+        self.requests(burst)
         if self.pair.joined:
             self.pair.settle()
 
-    @rule(first=st.integers(0, 1))
-    def cut(self, first: int) -> None:
+    @rule(first=st.integers(0, 1), burst=BURSTS)
+    def cut(self, first: int, burst: list[Request]) -> None:
+        self.requests(burst)
         if self.pair.joined:
             self.pair.cut(first)
 
     @rule(full=st.booleans(), damage=LINES, burst=BURSTS)
-    def rejoin(self, full: bool, damage: Damage | None, burst: list[tuple[int, int, int, int, int, int]]) -> None:
+    def rejoin(self, full: bool, damage: Damage | None, burst: list[Request]) -> None:
         self.pair.rejoin(full=full, damage=damage)
         self.requests(burst)
 
@@ -161,29 +164,36 @@ class Machine(RuleBasedStateMachine):
 
     # --- nodes
 
-    @rule(secondary=st.booleans(), alone=st.booleans(), over=st.booleans())
-    def primary_crashes(self, secondary: bool, alone: bool, over: bool) -> None:
-        self.pair.crash(primary=True, secondary=secondary)
+    @rule(burst=BURSTS, both=st.booleans(), over=st.booleans(), alone=st.booleans())
+    def primary_crashes(self, burst: list[Request], both: bool, over: bool, alone: bool) -> None:
+        if over:
+            self.pair.in_sync()
+        self.requests(burst)
+        self.pair.crash(primary=True, secondary=both and not over)
         self._next(over, alone)
 
-    @rule()
-    def secondary_crashes(self) -> None:
+    @rule(graceful=st.booleans(), alone=st.booleans(), secondary=st.booleans())
+    def restart(self, graceful: bool, alone: bool, secondary: bool) -> None:
+        if secondary:
+            self.pair.stop_secondary()
+        else:
+            self.pair.stop(graceful=graceful)
+            self._next(False, alone)
+
+    @rule(burst=BURSTS)
+    def secondary_crashes(self, burst: list[Request]) -> None:
+        self.requests(burst)
         self.pair.crash(primary=False, secondary=True)
 
-    @rule(graceful=st.booleans(), alone=st.booleans())
-    def primary_restarts(self, graceful: bool, alone: bool) -> None:
-        self.pair.stop(graceful=graceful)
-        self._next(False, alone)
-
-    @rule()
-    def secondary_restarts(self) -> None:
-        self.pair.stop_secondary()
-
-    @rule(alone=st.booleans())
-    def roles_change(self, alone: bool) -> None:
+    @rule(burst=BURSTS, alone=st.booleans())
+    def roles_change(self, burst: list[Request], alone: bool) -> None:
+        """The link may be there, or may have been lost after the last write that was answered."""
+        self.pair.in_sync()
         if 1 - self.pair.at in self.pair.current:
-            self.pair.fence()
-            self.pair.take_over(alone=alone)
+            self.requests(burst)
+            if 1 - self.pair.at in self.pair.current:
+                self.pair.fence()
+                self.pair.take_over(alone=alone)
 
     def _next(self, over: bool, alone: bool) -> None:
         if over and 1 - self.pair.at in self.pair.current:
