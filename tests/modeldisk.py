@@ -4,8 +4,8 @@ Rules:
 - Every byte has a list of candidates: the base (what the last `settle` found) and the writes that may be its newest.
 - A write precedes another one if it had ended before the other began, or came before it on the same connection: the
   engine keeps a connection's order (W2), which is more than NBD asks for.
-- An acknowledged write takes away all that precede it. One whose fate is unknown (its connection ended, or an error came
-  instead of an answer) has ended, takes away nothing, and may be there or not.
+- An acknowledged write takes away all that precede it. One whose fate is unknown (its connection ended, or an error
+  came instead of an answer) has ended, takes away nothing, and may be there or not.
 - What a read returned, later reads do not go behind: of the writes that had ended when it began only what it saw stays.
 - Candidates are judged by pieces, cut at the bounds of all requests: two writes never mix within a piece, as they are
   serialised as a whole.
@@ -76,8 +76,8 @@ class Spans:
         return index
 
     def within(self, low: int, high: int) -> Iterator[tuple[int, int, list[Write | None]]]:
-        """Cuts at both ends; (low, high, candidates) of each piece between. No candidate (None) is the base. The lists may
-        be changed."""
+        """Cuts at both ends; (low, high, candidates) of each piece between. The candidate None is the base. The lists
+        may be changed."""
         low, high = max(low, self._bounds[0]), min(high, self._bounds[-1])
         if low >= high:
             return

@@ -5,10 +5,10 @@ Rules:
   primary. It is the policy of 2-replication.md's handshake table, whose Python is not part of this.
 - A session may have a line between its ends (relay.py) that ends before a chosen byte, or holds what comes behind it
   until somebody has to wait.
-- Every loss of the link is found in one place, `pump`, however it came. Then both ends are without a session, and M3 and
-  W7 are checked: what differs is dirty or of an active extent, on one of the two.
-- `settle` is the only place where the images are compared: both in sync, nothing in flight, both durable. Then both are
-  equal, without a bit, and hold what the model allows.
+- Every loss of the link is found in one place, `pump`, however it came. Then both ends are without a session, and M3
+  and W7 are checked: what differs is dirty or of an active extent, on one of the two.
+- `settle` is the only place where the images are compared: both in sync, nothing in flight, both durable. Then both
+  are equal, without a bit, and hold what the model allows.
 """
 
 from __future__ import annotations
@@ -433,7 +433,7 @@ class Pair:
         return True
 
     def durable(self, slot: int, kind: int, offset: int, length: int, flags: int) -> None:
-        """W5: after a FLUSH, or a request with FUA, nothing of it waits to be written, on both nodes if there are two."""
+        """W5: after a FLUSH, or a request with FUA, nothing of it waits to be written, on both or the only one."""
         if not self.serving or not self.answered() or not (self.alone or self.in_sync()):
             return
         volume = self.connect(slot).volume

@@ -1,10 +1,12 @@
 """Two engines against a model of a disk, through real NBD connections, with whatever can happen to a pair.
 
 Rules:
-- hypothesis chooses the steps (its state machine, which also shrinks them); modelpair.py does them; modeldisk.py judges.
+- hypothesis chooses the steps (its state machine, which also shrinks them), modelpair.py does them, modeldisk.py
+  judges.
 - Whether a step can be done depends on when the link is lost, which no seed repeats: one that cannot is passed over.
 - Every run ends with both nodes in sync, the images equal, and everything acknowledged in them.
-- The usual run is the same every time. MIRRORPAIR_TEST_MODEL=n takes n times as many, other ones each time: for the night.
+- The usual run is the same every time. MIRRORPAIR_TEST_MODEL=n takes n times as many, other ones each time: for the
+  night.
 """
 
 from __future__ import annotations
@@ -26,8 +28,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from modeldisk import Write
+
 TIMES = int(os.environ.get("MIRRORPAIR_TEST_MODEL", "0"))
 EXAMPLES = 100
+FIRST = ["", "", "", "", "", "", "full", "scribble", "all dirty"]
+TROUBLES = [
+    "primary crashes",
+    "primary crashes, other takes over",
+    "secondary crashes",
+    "both crash",
+    "primary stops gracefully",
+    "primary stops",
+    "secondary stops",
+    "roles change",
+]
 Request = tuple[int, int, int, int, int, int]
 STEPS = 40
 
@@ -132,9 +147,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule(burst=BURSTS)
     def settle(self, burst: list[Request]) -> None:
+        """With a link again if there is none: every round of troubles comes to an end."""
         self.requests(burst)
-        if self.pair.joined:
-            self.pair.settle()
+        if not self.pair.joined:
+            self.pair.rejoin()
+        self.pair.settle()
 
     @rule(first=st.integers(0, 1), burst=BURSTS)
     def cut(self, first: int, burst: list[Request]) -> None:
@@ -142,64 +159,57 @@ class Machine(RuleBasedStateMachine):
         if self.pair.joined:
             self.pair.cut(first)
 
-    @rule(full=st.booleans(), damage=LINES, burst=BURSTS)
-    def rejoin(self, full: bool, damage: Damage | None, burst: list[Request]) -> None:
-        self.pair.rejoin(full=full, damage=damage)
+    @rule(first=st.sampled_from(FIRST), damage=LINES, burst=BURSTS, request=REQUESTS)
+    def rejoin(self, first: str, damage: Damage | None, burst: list[Request], request: Request) -> None:
+        if self.pair.joined and first:
+            self.pair.cut()
+        if first == "scribble":
+            _, _, edge, shift, length, _ = request
+            self.pair.scribble(0, *self._place(0, edge, shift, length))
+        elif first == "all dirty":
+            self.pair.primary.engine.set_all_dirty(0)
+        self.pair.rejoin(full=first == "full", damage=damage)
         self.requests(burst)
 
-    @rule(ask=st.booleans())
-    def alone(self, ask: bool) -> None:
+    @rule(ask=st.booleans(), cut=st.booleans(), before=BURSTS, after=BURSTS)
+    def alone(self, ask: bool, cut: bool, before: list[Request], after: list[Request]) -> None:
+        """G1, W7: with writes held that the other one may have got or not."""
+        self.requests(before)
+        if self.pair.joined and cut:
+            self.pair.cut()
         if not self.pair.serving:
             self.pair.go_alone(ask=ask)
-
-    @rule(edge=EDGES, shift=SHIFTS, length=LENGTHS)
-    def scribble(self, edge: int, shift: int, length: int) -> None:
-        if not self.pair.joined:
-            self.pair.scribble(0, *self._place(0, edge, shift, length))
-
-    @rule()
-    def all_dirty(self) -> None:
-        if not self.pair.joined:
-            self.pair.primary.engine.set_all_dirty(0)
+        self.requests(after)
 
     # --- nodes
 
-    @rule(burst=BURSTS, both=st.booleans(), over=st.booleans(), alone=st.booleans())
-    def primary_crashes(self, burst: list[Request], both: bool, over: bool, alone: bool) -> None:
-        if over:
-            self.pair.in_sync()
+    @rule(what=st.sampled_from(TROUBLES), burst=BURSTS, alone=st.booleans(), again=st.integers(0, 2))
+    def node(self, what: str, burst: list[Request], alone: bool, again: int) -> None:
+        """One or both end, or change their roles, while requests are in flight; mostly there is a link again then."""
+        if what in ("roles change", "primary crashes, other takes over"):
+            self.pair.in_sync()  # it is allowed only after that
         self.requests(burst)
-        self.pair.crash(primary=True, secondary=both and not over)
-        self._next(over, alone)
-
-    @rule(graceful=st.booleans(), alone=st.booleans(), secondary=st.booleans())
-    def restart(self, graceful: bool, alone: bool, secondary: bool) -> None:
-        if secondary:
+        may = 1 - self.pair.at in self.pair.current
+        if what == "roles change":
+            if not may:
+                return
+            self.pair.fence()
+            self.pair.take_over(alone=alone)
+        elif what == "secondary crashes":
+            self.pair.crash(primary=False, secondary=True)
+        elif what == "secondary stops":
             self.pair.stop_secondary()
         else:
-            self.pair.stop(graceful=graceful)
-            self._next(False, alone)
-
-    @rule(burst=BURSTS)
-    def secondary_crashes(self, burst: list[Request]) -> None:
-        self.requests(burst)
-        self.pair.crash(primary=False, secondary=True)
-
-    @rule(burst=BURSTS, alone=st.booleans())
-    def roles_change(self, burst: list[Request], alone: bool) -> None:
-        """The link may be there, or may have been lost after the last write that was answered."""
-        self.pair.in_sync()
-        if 1 - self.pair.at in self.pair.current:
-            self.requests(burst)
-            if 1 - self.pair.at in self.pair.current:
-                self.pair.fence()
+            if "stops" in what:
+                self.pair.stop(graceful="gracefully" in what)
+            else:
+                self.pair.crash(primary=True, secondary=what == "both crash")
+            if may and "takes over" in what:
                 self.pair.take_over(alone=alone)
-
-    def _next(self, over: bool, alone: bool) -> None:
-        if over and 1 - self.pair.at in self.pair.current:
-            self.pair.take_over(alone=alone)
-        else:
-            self.pair.comes_back(alone=alone)
+            else:
+                self.pair.comes_back(alone=alone)
+        if again:
+            self.pair.rejoin()
 
 
 @pytest.fixture
@@ -233,3 +243,73 @@ def test_a_pair_is_one_disk(counted: Path, monkeypatch: pytest.MonkeyPatch) -> N
             phases=[Phase.generate, Phase.shrink],
         ),
     )
+
+
+# --- the model itself
+
+
+def put(disk: ModelDisk, connection: int, offset: int, data: bytes) -> Write:
+    return disk.begin_write(connection, offset, len(data), data)
+
+
+def sees(disk: ModelDisk, offset: int, data: bytes, connection: int = 9) -> bool:
+    try:
+        disk.end_read(disk.begin_read(connection, offset, len(data)), data)
+    except AssertionError:
+        return False
+    return True
+
+
+def test_an_acknowledged_write_is_read_and_nothing_before_it() -> None:
+    disk = ModelDisk(8)
+    disk.end_write(put(disk, 1, 2, b"abcd"), acknowledged=True)
+    disk.end_write(disk.begin_write(2, 3, 1, None), acknowledged=True)
+    assert sees(disk, 0, b"\0\0a\0cd\0\0")
+    assert not sees(disk, 2, b"abcd")
+    assert not sees(disk, 2, bytes(4))
+
+
+def test_of_unordered_writes_any_may_be_the_last_one_but_no_mixture() -> None:
+    disk = ModelDisk(4)
+    one, other = put(disk, 1, 0, b"aaaa"), put(disk, 2, 1, b"bb")
+    disk.end_write(other, acknowledged=True)
+    disk.end_write(one, acknowledged=True)
+    assert not sees(disk, 0, b"aaba")
+    assert not sees(disk, 0, bytes(4))
+    assert sees(disk, 0, b"abba")
+    assert not sees(disk, 0, b"aaaa")  # somebody has seen the other one
+
+
+def test_a_connection_keeps_its_order() -> None:
+    disk = ModelDisk(2)
+    old, new = put(disk, 1, 0, b"aa"), put(disk, 1, 0, b"bb")
+    read = disk.begin_read(1, 0, 2)
+    late = put(disk, 1, 0, b"cc")
+    for write in (new, old, late):
+        disk.end_write(write, acknowledged=True)
+    with pytest.raises(AssertionError, match="none of"):
+        disk.end_read(read, b"cc")
+    assert not sees(disk, 0, b"bb")
+    assert sees(disk, 0, b"cc")
+
+
+def test_a_write_of_unknown_fate_is_there_or_not_and_then_stays_so() -> None:
+    for seen, lost in ((b"aa", b"\0\0"), (b"\0\0", b"aa")):
+        disk = ModelDisk(2)
+        disk.end_write(put(disk, 1, 0, b"aa"), acknowledged=False)
+        assert sees(disk, 0, seen)
+        assert not sees(disk, 0, lost)
+        disk.settle(seen)
+        with pytest.raises(AssertionError, match="the image holds"):
+            disk.judge(lost)
+
+
+def test_a_read_may_see_what_was_written_while_it_was_under_way() -> None:
+    disk = ModelDisk(2)
+    first, second = disk.begin_read(1, 0, 2), disk.begin_read(2, 0, 2)
+    write = put(disk, 3, 0, b"aa")
+    disk.end_read(first, b"\0\0")
+    disk.end_write(write, acknowledged=True)
+    disk.end_read(second, b"\0\0")
+    assert sees(disk, 0, b"aa")
+    assert not sees(disk, 0, b"\0\0")
