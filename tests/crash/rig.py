@@ -204,14 +204,15 @@ class Rig:
             self.pages[node.name].disarm()
         self.start_both()
         self.pair.alpha.wait("connected")
-        found = self._primary(primary or self.pair.alpha)
+        found = self.primary(primary)
         self.pair.synced()
         if check:
             self.check(found)
         return found
 
-    def _primary(self, wanted: Daemon) -> Daemon:
-        """Who is; or who takes the role without the loss of anything when asked for it."""
+    def primary(self, wanted: Daemon | None = None) -> Daemon:
+        """Who is; or who takes the role without the loss of anything when asked for it: first `wanted`, or alpha."""
+        wanted = wanted or self.pair.alpha
         end = time.monotonic() + HANG_S
         said = []
         while time.monotonic() < end:
