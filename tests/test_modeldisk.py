@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import engineside
@@ -88,7 +89,8 @@ class Machine(RuleBasedStateMachine):
         if self.pair is None:
             return
         try:
-            self.pair.finish()
+            if sys.exc_info()[0] is None:  # else a step has failed, and that is what shall be told
+                self.pair.finish()
         finally:
             self.pair.close()
 
