@@ -65,18 +65,20 @@ SLOW_S = 10.0  # a client that takes no answer for this long is cut off
 class NodeApi(Protocol):
     """The node's side. All are called on the event loop's thread and may run at the same time as each other; the node
     puts them in order where that matters. Each raises a MirrorpairError whose exit code and sentence the command ends
-    with: 2 unknown volume, 11 the peer is not connected where it must be, 12 would lose data, 15 wrong role, 20 split
-    brain or unrelated data. Whatever else is raised is logged and reported as an internal error, exit code 1."""
+    with: 1 another change of roles is under way, 2 unknown volume, 11 the peer is not connected where it must be, 12
+    would lose data, 13 the peer does not answer, 15 the other node is primary, 20 split brain or unrelated data.
+    Whatever else is raised is logged and reported as an internal error, exit code 1."""
 
     async def status(self) -> Status:
         """The facts of this moment, judged (`status.judge`). Quick: it is called several times a second."""
 
-    async def promote(self, *, accept_data_loss: bool, force: bool) -> str:
+    async def promote(self, *, accept_data_loss: bool, force: bool, dry_run: bool) -> str:
         """Makes this node primary, or raises; returns when clients are served, with one sentence that says what was
-        done and what was given up. It has no effect, and says so, on a node that is primary."""
+        done and what was given up. It has no effect, and says so, on a node that is primary. `dry_run`: changes
+        nothing, says what would be done, and raises what would be raised."""
 
-    async def demote(self) -> str:
-        """Makes this node secondary: clients drained, everything durable on both. One sentence."""
+    async def demote(self, *, dry_run: bool) -> str:
+        """Makes this node secondary: clients drained, everything durable on both. One sentence. `dry_run` as above."""
 
     async def plan_resync(self, volume: str | None, *, full: bool) -> list[ResyncPlan]:
         """What `resync` would do, per volume (None: all, in the configuration's order). Changes nothing. A split
@@ -252,10 +254,12 @@ class AdminServer:
                 return await node.plan_resync(request.volume, full=request.full)
             case PromoteRequest():
                 message = await self._change(
-                    node.promote(accept_data_loss=request.accept_data_loss, force=request.force)
+                    node.promote(
+                        accept_data_loss=request.accept_data_loss, force=request.force, dry_run=request.dry_run
+                    )
                 )
             case DemoteRequest():
-                message = await self._change(node.demote())
+                message = await self._change(node.demote(dry_run=request.dry_run))
             case ResyncRequest():
                 message = await self._change(node.resync(request.volume, full=request.full))
                 if request.wait:

@@ -92,12 +92,15 @@ class StatusRequest(_Request, frozen=True, kw_only=True, tag="status"):
 
 
 class PromoteRequest(_Request, frozen=True, kw_only=True, tag="promote"):
+    """`dry_run`: only what would be done, or why it would be refused; of a demotion too."""
+
     accept_data_loss: bool = False
     force: bool = False
+    dry_run: bool = False
 
 
 class DemoteRequest(_Request, frozen=True, kw_only=True, tag="demote"):
-    pass
+    dry_run: bool = False
 
 
 class PlanRequest(_Request, frozen=True, kw_only=True, tag="plan-resync"):
@@ -197,11 +200,11 @@ class AdminClient:
     def plan_resync(self, volume: str | None = None, *, full: bool = False) -> list[ResyncPlan]:
         return self._call(PlanRequest(volume=volume, full=full), list[ResyncPlan])
 
-    def promote(self, *, accept_data_loss: bool = False, force: bool = False) -> Done:
-        return self._call(PromoteRequest(accept_data_loss=accept_data_loss, force=force), Done)
+    def promote(self, *, accept_data_loss: bool = False, force: bool = False, dry_run: bool = False) -> Done:
+        return self._call(PromoteRequest(accept_data_loss=accept_data_loss, force=force, dry_run=dry_run), Done)
 
-    def demote(self) -> Done:
-        return self._call(DemoteRequest(), Done)
+    def demote(self, *, dry_run: bool = False) -> Done:
+        return self._call(DemoteRequest(dry_run=dry_run), Done)
 
     def resync(
         self,

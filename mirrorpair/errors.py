@@ -5,6 +5,8 @@
     |   |-- UsageError         2   the caller: wrong arguments, missing source, wrong file type, same image
     |   |-- ConfigError       10   the pair's configuration file
     |   |-- RefusedError      12   nobody's: it would lose data (size, mounted, busy, locked, read-only target)
+    |   |-- WrongRoleError    15   nobody's: another node is primary, so this one cannot be
+    |   |-- SplitBrainError   20   nobody's: two histories of one volume; a person has to choose
     |   |-- ImageError         1   the image or the storage below it: unreadable, I/O error, no space, shrank
     |   `-- Interrupted      130   a signal or the caller; `.result` tells what was done before
     `-- RemoteError            1   the peer, or the way to it
@@ -55,6 +57,19 @@ class RefusedError(LocalError):
     """Not done, because it would lose data or disturb another program: size, mounted, busy, locked, read-only."""
 
     exit_code = 12
+
+
+class WrongRoleError(LocalError):
+    """The roles do not allow it as they are now: the other node is primary, or has just become it."""
+
+    exit_code = 15
+
+
+class SplitBrainError(LocalError):
+    """Both nodes hold data that the other one lacks, or unrelated data. Nothing is overwritten until a person says
+    which of the two stays."""
+
+    exit_code = 20
 
 
 class ImageError(LocalError):
@@ -110,3 +125,10 @@ class PeerError(RemoteError):
         self.args = (message, code)
         # The code came over the wire: nothing that a peer says may turn a failure into exit status 0.
         self.exit_code = code if 1 <= code <= 255 else 1
+
+
+def error_of(code: int, message: str) -> MirrorpairError:
+    """The error of our own that ends with this exit code."""
+    kinds: tuple[type[MirrorpairError], ...] = (RefusedError, WrongRoleError, SplitBrainError)
+    kinds += (UsageError, UnreachableError, PeerTimeoutError)
+    return next((kind for kind in kinds if kind.exit_code == code), LocalError)(message)

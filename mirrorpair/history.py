@@ -223,7 +223,7 @@ def decide(mine: Side, peers: Side, *, register_source: str | None = None) -> De
             return _refuse(
                 "H5",
                 f"the register names {register_source} as the source, but {plan.source.node} holds data that would be "
-                f"lost: say which to keep with `mirrorpair resolve`",
+                f"lost: a person has to say which to keep",
             )
         reason = f"{plan.source.node} discards its data, the register names {register_source} as the source"
         plan = plan._replace(source=plan.target, target=plan.source, rule="discard", reason=reason)
@@ -433,10 +433,7 @@ def _diverged(low: Side, high: Side) -> Decision | _Plan:
         # With the same bitmap id both sides' bits count from the same data.
         return _Plan("bitmap" if same_bitmap else "full", source, target, "discard", reason)
     if rule == "split-brain":
-        reason = (
-            f"split brain: {low.node} and {high.node} were both written since they had the same data; "
-            "choose one with `mirrorpair resolve --keep`"
-        )
+        reason = f"split brain: {low.node} and {high.node} were both written since they had the same data"
     else:
         reason = f"{low.node} and {high.node} hold unrelated data: their histories have nothing in common"
     return Decision(amount=rule, rule=rule, reason=reason)

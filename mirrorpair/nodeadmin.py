@@ -4,6 +4,7 @@ Rules:
 - One promotion or demotion at a time; its outcome is the answer that roles.py gives to it.
 - A promotion that our own promise forbids for now is not refused but waits for its end (A11), if data loss was
   accepted.
+- A dry run asks the same questions and does nothing (foresee.py).
 - A resync is asked for by making the data link anew without a back-off's wait (H3); it is under way, or known not to be
   needed, when this returns.
 """
@@ -15,12 +16,15 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from mirrorpair import roles
 from mirrorpair.errors import (
-    PeerError,
     PeerTimeoutError,
     RefusedError,
+    SplitBrainError,
     UnreachableError,
+    error_of,
 )
+from mirrorpair.foresee import foresee
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.nodecore import SERVING_S, Core
 from mirrorpair.rolewords import (
@@ -30,7 +34,8 @@ from mirrorpair.rolewords import (
     Promote,
 )
 from mirrorpair.status import Event as LoggedEvent
-from mirrorpair.status import holds, hopeless
+from mirrorpair.status import holds, hopeless, next_step
+from mirrorpair.units import format_size
 
 if TYPE_CHECKING:
     from mirrorpair.control import ResyncPlan
@@ -53,18 +58,14 @@ class AdminSide:
     async def events(self, since: int) -> list[LoggedEvent]:
         return self._core.view.log.since(since)
 
-    async def promote(self, *, accept_data_loss: bool, force: bool) -> str:
+    async def promote(self, *, accept_data_loss: bool, force: bool, dry_run: bool) -> str:
         async with self._one:
             looked_again = False
+            acquires = self._core.state.role == "secondary"
             while True:
-                answer = await self._ask_roles(
-                    Promote(
-                        accept_data_loss=accept_data_loss,
-                        force=force,
-                        obstacle=self._core.open.obstacle(),
-                        bound_until_ns=self._core.peer_link.heart.promises.bound_until_ns,
-                    )
-                )
+                event = self._promotion(accept_data_loss=accept_data_loss, force=force)
+                lost = roles.given_up(self._core.state) if accept_data_loss else ""
+                answer = await (self._foresee(event) if dry_run else self._ask_roles(event))
                 if answer.code == 0:
                     break
                 if answer.retry_at_ns is None and not looked_again and self._core.state.peer_role == "primary":
@@ -73,13 +74,31 @@ class AdminSide:
                     await self._next_beat()
                     continue
                 if answer.retry_at_ns is None:
-                    raise RefusedError(answer.message)
+                    raise error_of(answer.code, answer.message)
                 log.info("%s", answer.message)
                 await asyncio.sleep(max(0.0, (answer.retry_at_ns - clock_boottime_ns()) / 1e9) + 0.001)
+            if dry_run:
+                return answer.message + self._known_to_differ()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SERVING_S):
                     await self.wait_for("primary")
-            return answer.message
+            return answer.message + (lost if acquires else "")
+
+    def _promotion(self, *, accept_data_loss: bool, force: bool) -> Promote:
+        refusal = self._core.refusal
+        return Promote(
+            accept_data_loss=accept_data_loss,
+            force=force,
+            obstacle=self._core.open.obstacle(),
+            bound_until_ns=self._core.peer_link.heart.promises.bound_until_ns,
+            divided=None if refusal is None or refusal.kind == "refused" else next_step(refusal),
+        )
+
+    def _known_to_differ(self) -> str:
+        """The end of a dry run's sentence: how much the bits of both say now."""
+        volumes = [one for one in self._core.view.status().volumes if one.out_of_sync_bytes > 0]
+        shown = ", ".join(f"{format_size(one.out_of_sync_bytes)} of {one.name}" for one in volumes)
+        return f" (known to differ now: {shown})" if shown else ""
 
     async def _next_beat(self) -> None:
         """Until the peer has said something newer; not longer than two of its beats take."""
@@ -89,12 +108,23 @@ class AdminSide:
                 while self._core.peer_beat is seen:
                     await self._core.change()
 
-    async def demote(self) -> str:
+    async def demote(self, *, dry_run: bool) -> str:
         async with self._one:
-            answer = await self._ask_roles(Demote())
+            answer = await (self._foresee(Demote()) if dry_run else self._ask_roles(Demote()))
         if answer.code:
-            raise RefusedError(answer.message)
+            raise error_of(answer.code, answer.message)
         return answer.message
+
+    async def _foresee(self, event: Promote | Demote) -> Answer:
+        """In its turn, as the real one: what was posted before has been decided."""
+        found: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        async def look() -> None:
+            if not found.done():
+                found.set_result(foresee(self._core.state, event, clock_boottime_ns()))
+
+        self._core.post(look)
+        return await found
 
     async def _ask_roles(self, event: Event) -> Answer:
         self._core.answer = asyncio.get_running_loop().create_future()
@@ -156,7 +186,7 @@ class AdminSide:
             return
         if refusal.kind == "refused":
             raise RefusedError(refusal.reason)
-        raise PeerError(refusal.reason, 20)
+        raise SplitBrainError(next_step(refusal))
 
     async def wait_for(self, condition: Condition, volume: str | None = None) -> None:
         while True:
@@ -164,5 +194,5 @@ class AdminSide:
             if holds(status, condition, volume):
                 return
             if (why := hopeless(status, condition)) is not None:
-                raise PeerError(why, 20)
+                raise SplitBrainError(why)
             await self._core.change()

@@ -35,6 +35,7 @@ from mirrorpair.errors import (
     PeerError,
     PeerTimeoutError,
     UnreachableError,
+    WrongRoleError,
 )
 from mirrorpair.history import MAX_ID
 from mirrorpair.linux import clock_boottime_ns
@@ -148,7 +149,7 @@ class Core:
         self._tasks: set[asyncio.Task[None]] = set()
         self._disk = asyncio.Lock()
         self._swapping = asyncio.Lock()
-        self._objected = ""
+        self._objected: MirrorpairError | None = None
         """why the peer did not consent to the last swap"""
         self._tokens: dict[int, asyncio.Future[int]] = {}
         self._clients_closed = asyncio.Event()
@@ -286,15 +287,18 @@ class Core:
                     await asyncio.sleep(random.uniform(0.01, 0.05))
                     result = await self._swap_once(action)
         except MirrorpairError as error:
-            self.post(Swapped(action, False, str(error), unknown=True))
+            self.post(Swapped(action, False, str(error), unknown=True, code=error.exit_code))
             return
-        why = {
-            Swap.OK: "",
-            Swap.CONFLICT: self._objected or f"{self.peer.name} changed the roles at this moment",
-            Swap.UNKNOWN: f"{self.peer.name} did not answer",
-        }[result]
+        if result is Swap.UNKNOWN:
+            silent = PeerTimeoutError(f"{self.peer.name} did not answer")
+            self.post(Swapped(action, False, str(silent), unknown=True, code=silent.exit_code))
+            return
         done = msgspec.structs.replace(action, in_sync=self.register.copy.register.in_sync)
-        self.post(Swapped(done, result is Swap.OK, why, unknown=result is Swap.UNKNOWN))
+        if result is Swap.OK:
+            self.post(Swapped(done, True))
+            return
+        objected = self._objected or WrongRoleError(f"{self.peer.name} changed the roles at this moment")
+        self.post(Swapped(done, False, str(objected), code=objected.exit_code))
 
     async def _flush_first(self) -> str:
         """W8: whole frames of the last link are applied, then all is durable, then the role is taken. Why it cannot be,
@@ -320,9 +324,9 @@ class Core:
             mode=self.config.mode,
             writer=Writer(node=self.name, nonce=secrets.randbits(48)),
         )
-        self._objected = ""
+        self._objected = None
         if action.needs_peer and self.register.ask_peer is None:
-            self._objected = f"{self.peer.name} is not connected any more"
+            self._objected = UnreachableError(f"{self.peer.name} is not connected any more")
             return Swap.CONFLICT
         result = await self.register.cas(version, new)
         if result is Swap.OK:
@@ -339,7 +343,7 @@ class Core:
         try:
             said = await self.peer_link.ask(SwapAsk(version=version, register=new), SWAP_S)
         except PeerError as error:
-            self._objected = str(error)
+            self._objected = error
             return Swap.CONFLICT
         except UnreachableError:
             return Swap.UNKNOWN

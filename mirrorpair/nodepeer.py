@@ -24,6 +24,7 @@ from mirrorpair.errors import (
     MirrorpairError,
     PeerTimeoutError,
     RefusedError,
+    WrongRoleError,
 )
 from mirrorpair.history import Ids
 from mirrorpair.linux import clock_boottime_ns
@@ -207,7 +208,7 @@ class PeerSide:
         new = ask.register
         objection = roles.consents(self._core.state, new.epoch, new.primary)
         if objection is not None:
-            raise RefusedError(objection)
+            raise WrongRoleError(objection)
         result = self._core.register.receive(ask.version, new)
         if result is not Swap.OK:
             return "conflict"

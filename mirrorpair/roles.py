@@ -31,8 +31,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from mirrorpair.rolewords import (
+    FAILED,
     PRIMARY,
     REFUSED,
+    SPLIT_BRAIN,
+    WRONG_ROLE,
     Action,
     Answer,
     CaughtUp,
@@ -132,8 +135,8 @@ def _stay(state: State, sentence: str = "") -> Step:
     return Step(state, (), sentence or _nothing(state))
 
 
-def _refuse(state: State, message: str, retry_at_ns: int | None = None) -> Step:
-    return Step(state, (Answer(REFUSED, message, retry_at_ns),), f"refused: {message}")
+def _refuse(state: State, message: str, retry_at_ns: int | None = None, *, code: int = REFUSED) -> Step:
+    return Step(state, (Answer(code, message, retry_at_ns),), f"refused: {message}")
 
 
 def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str) -> Step:
@@ -189,7 +192,7 @@ def _lost_role(state: State, event: RecordChanged) -> Step:
         answering=False,
     )
     message = f"{event.primary or 'nobody'} is primary of epoch {event.epoch} now, not {state.me}"
-    actions: tuple[Action, ...] = (Answer(REFUSED, message),) if state.answering else ()
+    actions: tuple[Action, ...] = (Answer(WRONG_ROLE, message),) if state.answering else ()
     if was == "primary":
         actions = (*actions, HangUp(), DropLink("the roles changed"))
     return Step(changed, actions, message)
@@ -422,15 +425,16 @@ def _promote(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Promote)
     me, peer = state.me, state.peer
     if state.stopping:
-        return _refuse(state, f"{me} is stopping")
+        return _refuse(state, f"{me} is stopping", code=FAILED)
     if event.obstacle is not None:
         return _refuse(state, event.obstacle)
     if state.peer_up and state.peer_role == "primary":
-        return _refuse(state, f"{peer} is primary of epoch {state.peer_epoch}: `mirrorpair demote` there first")
-    # What this node lacks, if anything.
-    member = me in state.in_sync or not state.in_sync
-    unknown = not state.peer_up and not state.peer_left and not state.sole
+        message = f"{peer} is primary of epoch {state.peer_epoch}: `mirrorpair demote` there first"
+        return _refuse(state, message, code=WRONG_ROLE)
+    member, unknown = _member(state), _unknown(state)
     if not event.accept_data_loss:
+        if event.divided is not None and state.peer_up:
+            return _refuse(state, event.divided, code=SPLIT_BRAIN)
         if not member:
             return _refuse(
                 state,
@@ -458,8 +462,22 @@ def _promote(state: State, event: Event, now: int) -> Step:
         )
     keeps = state.peer_up and state.peer_in_sync and member and not state.crashed and not state.boot_lost
     in_sync = tuple(sorted((me, peer))) if keeps else (me,)
-    given_up = "" if member and not unknown else f"; what only {peer} has is given up"
-    return _acquire(state, "promote", in_sync, f"a person promotes it{given_up}")
+    return _acquire(state, "promote", in_sync, f"a person promotes it{given_up(state)}")
+
+
+def _member(state: State) -> bool:
+    return state.me in state.in_sync or not state.in_sync
+
+
+def _unknown(state: State) -> bool:
+    """Whether the peer may hold writes that nobody here has heard of."""
+    return not state.peer_up and not state.peer_left and not state.sole
+
+
+def given_up(state: State) -> str:
+    """What a promotion of this node would lose, as the end of a sentence."""
+    lacks = not _member(state) or _unknown(state) or (state.boot_lost and state.peer_in_sync)
+    return f"; what only {state.peer} has is given up" if lacks else ""
 
 
 def _is_primary(state: State, _event: Event, _now: int) -> Step:
@@ -480,7 +498,7 @@ def _frozen_promote(state: State, event: Event, _now: int) -> Step:
 
 
 def _busy(state: State, _event: Event, _now: int) -> Step:
-    return _refuse(state, f"a change of roles is under way on {state.me}: try again")
+    return _refuse(state, f"a change of roles is under way on {state.me}: try again", code=FAILED)
 
 
 def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
@@ -493,7 +511,7 @@ def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
         back = Phase.RETURNING if event.swap.purpose == "readopt" else Phase.SECONDARY
         deadline = now + state.retry_ns if back is Phase.RETURNING else None
         message = f"{state.me} did not become primary: {event.why}"
-        actions = (Answer(REFUSED, message),) if answered else ()
+        actions = (Answer(event.code, message),) if answered else ()
         return Step(_set(state, phase=back, deadline_ns=deadline), actions, message)
     state = _set(state, crashed=False, boot_lost=False, alone_began=False)
     message = f"{state.me} is primary of epoch {state.epoch}"
@@ -541,7 +559,7 @@ def _swapped(state: State, event: Event, now: int) -> Step:
         message = f"{state.me} stays primary: {event.why}"
         return Step(
             _set(state, releasing=False, draining=False, answering=False),
-            (Answer(REFUSED, message),) if answered else (),
+            (Answer(FAILED, message),) if answered else (),
             message,
         )
     # A0: if it is not known, the peer may be primary next. No client is left, so nothing is lost by leaving.

@@ -16,7 +16,10 @@ RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
 Purpose = Literal["promote", "readopt", "shrink", "expand", "release"]
 
+FAILED = 1
 REFUSED = 12
+WRONG_ROLE = 15
+SPLIT_BRAIN = 20
 
 
 class Phase(enum.Enum):
@@ -169,21 +172,25 @@ class RecordChanged(msgspec.Struct, frozen=True):
 
 
 class Swapped(msgspec.Struct, frozen=True):
-    """The outcome of an action Swap. `ok`: the register is what it asked for, durably; `unknown`: it may be (A0)."""
+    """The outcome of an action Swap. `ok`: the register is what it asked for, durably; `unknown`: it may be (A0);
+    `code`: what a person's command ends with if it is neither, by default that somebody else changed the roles."""
 
     swap: Swap
     ok: bool
     why: str = ""
     unknown: bool = False
+    code: int = WRONG_ROLE
 
 
 class Promote(msgspec.Struct, frozen=True):
-    """`obstacle`: why the disks cannot serve, or None. `bound_until_ns`: our own promise (A11)."""
+    """`obstacle`: why the disks cannot serve, or None. `bound_until_ns`: our own promise (A11). `divided`: that both
+    nodes hold data which the other one lacks, and what to do; None: it is not known to be so."""
 
     accept_data_loss: bool
     force: bool
     obstacle: str | None
     bound_until_ns: int
+    divided: str | None = None
 
 
 class Demote(msgspec.Struct, frozen=True):
@@ -245,7 +252,8 @@ class DropLink(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """To whoever waits for a promotion or demotion. `retry_at_ns`: it would be allowed from then on."""
+    """To whoever waits for a promotion or demotion; `code` is an exit code of errors.py, 0: done. `retry_at_ns`: it
+    would be allowed from then on."""
 
     code: int
     message: str

@@ -247,6 +247,12 @@ class ResyncMeter:
 
 # --- what the facts come to
 
+CHOOSE = (
+    "nothing is overwritten until a person chooses the node whose data shall stay: on the other one save what is "
+    "needed, stop the daemon, then `mirrorpair init --force` and `mirrorpair run`: it takes everything from the first"
+)
+"""what to do about a split brain or unrelated data"""
+
 
 def worst(disks: Iterable[Disk]) -> Disk:
     """The worst of them; "unknown" when there is none."""
@@ -297,8 +303,13 @@ def hopeless(status: Status, condition: Condition) -> str | None:
     back, a split brain stays."""
     refusal = status.refusal
     if condition in ("connected", "synced") and refusal is not None and refusal.kind != "refused":
-        return refusal.reason
+        return next_step(refusal)
     return None
+
+
+def next_step(refusal: Refusal) -> str:
+    """Of a split brain or unrelated data: the reason, and what a person has to do."""
+    return f"{refusal.reason}; {CHOOSE}"
 
 
 def judge(status: Status) -> Status:
@@ -349,8 +360,7 @@ def _two_histories(status: Status) -> _Verdict | None:
         "critical",
         "split brain" if refusal.kind == "split-brain" else "unrelated data",
         refusal.reason,
-        "choose the node whose data shall stay; on the other one save what is needed, stop the daemon, then "
-        "`mirrorpair init --force` and `mirrorpair run`: it takes everything from the first",
+        CHOOSE,
     )
 
 

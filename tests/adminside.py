@@ -106,13 +106,17 @@ class SmallNode:
         self._called("status")
         return judge(self.facts)
 
-    async def promote(self, *, accept_data_loss: bool, force: bool) -> str:
-        await self._change("promote", accept_data_loss=accept_data_loss, force=force)
+    async def promote(self, *, accept_data_loss: bool, force: bool, dry_run: bool) -> str:
+        await self._change("promote", accept_data_loss=accept_data_loss, force=force, dry_run=dry_run)
+        if dry_run:
+            return f"{self.facts.node} would become primary"
         self.facts = msgspec.structs.replace(self.facts, role="primary", epoch=self.facts.epoch + 1)
         return f"{self.facts.node} is primary of epoch {self.facts.epoch}"
 
-    async def demote(self) -> str:
-        await self._change("demote")
+    async def demote(self, *, dry_run: bool) -> str:
+        await self._change("demote", dry_run=dry_run)
+        if dry_run:
+            return f"{self.facts.node} would become secondary"
         self.facts = msgspec.structs.replace(self.facts, role="secondary", serving="no")
         return f"{self.facts.node} is secondary"
 

@@ -106,7 +106,9 @@ def test_every_operation_reaches_the_node_with_its_arguments(daemon: Daemon) -> 
         assert client.events(since=1) == []
         assert client.plan_resync("data", full=True) == [PLAN]
         assert client.resync("data").message == "the resync is under way"
+        assert client.demote(dry_run=True).message == "beta would become secondary"
         assert client.demote().status.role == "secondary"
+        assert client.promote(dry_run=True).status.role == "secondary"
         done = client.promote(accept_data_loss=True, force=True)
         assert (done.message, done.status.epoch) == ("beta is primary of epoch 8", 8)
     calls = [call for call in daemon.node.calls if call[0] != "status"]
@@ -115,8 +117,10 @@ def test_every_operation_reaches_the_node_with_its_arguments(daemon: Daemon) -> 
         ("events", {"since": 1}),
         ("plan_resync", {"volume": "data", "full": True}),
         ("resync", {"volume": "data", "full": False}),
-        ("demote", {}),
-        ("promote", {"accept_data_loss": True, "force": True}),
+        ("demote", {"dry_run": True}),
+        ("demote", {"dry_run": False}),
+        ("promote", {"accept_data_loss": False, "force": False, "dry_run": True}),
+        ("promote", {"accept_data_loss": True, "force": True, "dry_run": False}),
     ]
 
 

@@ -24,7 +24,7 @@ from mirrorpair.cli.online import OnlineLine, PlanLine, Totals, plan_sentence
 from mirrorpair.cli.statusview import render
 from mirrorpair.cli.wait import CONDITIONS
 from mirrorpair.control import ResyncPlan, Working
-from mirrorpair.errors import PeerError, RefusedError, UnreachableError
+from mirrorpair.errors import RefusedError, SplitBrainError, UnreachableError, WrongRoleError
 from mirrorpair.status import CONDITIONS as STATUS_CONDITIONS
 from mirrorpair.status import Refusal, judge
 
@@ -302,15 +302,25 @@ def test_promote_and_demote(daemon: Daemon, cli: Any) -> None:
         8,
         True,
     )
-    assert daemon.node.calls[-2] == ("promote", {"accept_data_loss": True, "force": True})
+    assert daemon.node.calls[-2] == ("promote", {"accept_data_loss": True, "force": True, "dry_run": False})
     assert cli("-q", "promote").stdout == ""
+
+
+@pytest.mark.parametrize("command", ["promote", "demote"])
+def test_a_dry_run_of_a_role_change_says_what_it_would_do(daemon: Daemon, cli: Any, command: str) -> None:
+    done = cli(command, "-n")
+    assert (done.returncode, done.stdout.startswith("beta would become ")) == (0, True)
+    (line,) = lines_of(cli(command, "--dry-run", "--json").stdout)
+    assert (line["op"], line["dry_run"], line["finished"]) == (command, True, True)
+    assert all(facts["dry_run"] for name, facts in daemon.node.calls if name == command)
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (RefusedError("alpha may have more"), 12),
-        (PeerError("beta is primary", 15), 15),
+        (WrongRoleError("alpha is primary"), 15),
+        (SplitBrainError("both wrote"), 20),
         (UnreachableError("alpha is not there"), 11),
     ],
 )

@@ -20,14 +20,18 @@ from mirrorpair.errors import (
     PeerTimeoutError,
     RefusedError,
     RemoteError,
+    SplitBrainError,
     UnreachableError,
     UsageError,
+    WrongRoleError,
 )
 
 OURS: dict[type[MirrorpairError], int] = {
     UsageError: 2,
     ConfigError: 10,
     RefusedError: 12,
+    WrongRoleError: 15,
+    SplitBrainError: 20,
     ImageError: 1,
     Interrupted: 130,
 }

@@ -23,6 +23,7 @@ PURE_ROWS = [
     ["text", "units"],
     ["endpoint", "handshake", "history", "liveness", "messages", "report", "rolewords", "tomltable"],
     ["roles", "status"],
+    ["foresee"],
 ]
 ROWS = [
     *PURE_ROWS,

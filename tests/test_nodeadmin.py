@@ -12,7 +12,7 @@ import pytest
 from farside import LIMIT_S, run_cli
 from pairfile import read_pair, write_pair
 
-from mirrorpair.errors import RefusedError
+from mirrorpair.errors import WrongRoleError
 from mirrorpair.node import Node
 from mirrorpair.nodeadmin import AdminSide
 from mirrorpair.nodepeer import PeerSide
@@ -51,7 +51,7 @@ def with_a_pair(folder: Path, scenario: Callable[[Core, Core], Awaitable[None]])
 
 
 async def promote(core: Core) -> None:
-    await AdminSide(core).promote(accept_data_loss=False, force=False)
+    await AdminSide(core).promote(accept_data_loss=False, force=False, dry_run=False)
 
 
 def test_a_heartbeat_from_before_the_peers_demotion_does_not_stop_a_promotion(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_heartbeat_from_before_the_peers_demotion_does_not_stop_a_promotion(tm
         await AdminSide(alpha).wait_for("synced")
         before = PeerSide(alpha).beat(0)
         assert before.role == "primary"
-        await AdminSide(alpha).demote()
+        await AdminSide(alpha).demote(dry_run=False)
         beta.peer_beat = msgspec.structs.replace(before, role="secondary", epoch=0)  # the last one that had arrived
         PeerSide(beta).on_beat(before)
         await promote(beta)
@@ -73,7 +73,7 @@ def test_a_primary_is_not_replaced_however_often_one_looks(tmp_path: Path) -> No
     async def scenario(alpha: Core, beta: Core) -> None:
         await promote(alpha)
         await AdminSide(beta).wait_for("synced")
-        with pytest.raises(RefusedError, match="alpha is primary of epoch 1"):
+        with pytest.raises(WrongRoleError, match="alpha is primary of epoch 1"):
             await promote(beta)
         assert alpha.state.role == "primary"
 

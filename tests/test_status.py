@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mirrorpair.cli.statusview import BAR_WIDTH, bar, check_line, event_lines, render
 from mirrorpair.history import DISK_STATES
 from mirrorpair.status import (
+    CHOOSE,
     CONDITIONS,
     DISKS,
     Arbiter,
@@ -284,7 +285,7 @@ def test_one_volume_may_be_waited_for_alone() -> None:
 
 def test_waiting_for_sync_in_a_split_brain_is_hopeless() -> None:
     split = status(peer={"connected": False}, refusal=Refusal(kind="split-brain", reason="both wrote"))
-    assert hopeless(split, "synced") == hopeless(split, "connected") == "both wrote"
+    assert hopeless(split, "synced") == hopeless(split, "connected") == f"both wrote; {CHOOSE}"
     assert hopeless(split, "primary") is None
     assert hopeless(status(refusal=Refusal(kind="refused", reason="busy")), "synced") is None
 

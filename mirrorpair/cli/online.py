@@ -19,8 +19,9 @@ import msgspec
 from mirrorpair.cli.common import Settings, note, write_line
 from mirrorpair.cli.live import connect, show_result
 from mirrorpair.cli.progress import JSON_S, Reporter, reporter
-from mirrorpair.errors import Interrupted, PeerError, RefusedError
+from mirrorpair.errors import Interrupted, RefusedError, SplitBrainError
 from mirrorpair.report import Progress, clamp
+from mirrorpair.status import CHOOSE
 from mirrorpair.text import printable
 from mirrorpair.units import format_percent, format_seconds, format_size
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mirrorpair.control import AdminClient, ResyncPlan, Working
     from mirrorpair.status import Resync
 
-SPLIT_BRAIN = 20
 OVERWRITES = ("bitmap", "full")
 _REFUSED = {"refuse": "refused", "split-brain": "split brain", "unrelated": "unrelated data"}
 
@@ -117,7 +117,7 @@ def _show(settings: Settings, plans: list[ResyncPlan], *, always: bool) -> None:
 def _refuse(plans: list[ResyncPlan]) -> None:
     for plan in plans:
         if plan.amount in ("split-brain", "unrelated"):
-            raise PeerError(f"volume {plan.volume}: {_REFUSED[plan.amount]}: {plan.reason}", SPLIT_BRAIN)
+            raise SplitBrainError(f"volume {plan.volume}: {plan.reason}; {CHOOSE}")
     for plan in plans:
         if plan.amount == "refuse":
             raise RefusedError(f"volume {plan.volume}: {plan.reason}")

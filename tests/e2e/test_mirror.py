@@ -114,7 +114,7 @@ def test_roles_change_by_hand_without_a_resync(pair: Pair, model: Model) -> None
     serve(pair.alpha, model)
     with pytest.raises(PeerError, match="alpha is primary") as caught:
         pair.beta.promote()
-    assert caught.value.exit_code == 12
+    assert caught.value.exit_code == 15
     for old, new in ((pair.alpha, pair.beta), (pair.beta, pair.alpha)):
         epoch = old.status().epoch
         old.demote()
@@ -433,7 +433,7 @@ def test_the_commands_say_what_they_do(pair: Pair, model: Model) -> None:
     assert pair.alpha.command("wait", "--for", "connected", "--timeout", "60s").returncode == 0
     assert pair.beta.command("status", "--check", check=False).returncode == 2  # nobody is primary
     assert pair.beta.command("promote").returncode == 0
-    assert pair.alpha.command("promote", check=False).returncode == 12
+    assert pair.alpha.command("promote", check=False).returncode == 15
     pair.beta.command("wait", "--for", "synced", "--timeout", "60s")
     assert pair.beta.command("status", "--check").returncode == 0
     serve(pair.beta, model)
