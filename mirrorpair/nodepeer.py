@@ -123,6 +123,8 @@ class PeerSide:
     def peer_up(self, hello: Hello) -> None:
         self._core.register.ask_peer = self._core.ask_swap
         self._core.peer_beat = None
+        self._core.refusal = None  # of an earlier session: this peer may have been made anew
+        self._core.decisions = {}
         log.info("%s is connected: %s of epoch %d, version %s", hello.node, hello.role, hello.epoch, hello.version)
         self._core.view.event("link", f"{hello.node} is connected")
         self._core.post(lambda: self._meet(hello))

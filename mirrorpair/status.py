@@ -300,8 +300,10 @@ def holds(status: Status, condition: Condition, volume: str | None = None) -> bo
 
 def hopeless(status: Status, condition: Condition) -> str | None:
     """Why waiting for it is in vain until a person decides something, or None. Unlike a silent peer, which may come
-    back, a split brain stays."""
+    back, a split brain stays; but a peer that is away may be made anew, which is how it is ended."""
     refusal = status.refusal
+    if status.peer.role == "unknown":
+        return None
     if condition in ("connected", "synced") and refusal is not None and refusal.kind != "refused":
         return next_step(refusal)
     return None

@@ -286,6 +286,8 @@ def test_one_volume_may_be_waited_for_alone() -> None:
 def test_waiting_for_sync_in_a_split_brain_is_hopeless() -> None:
     split = status(peer={"connected": False}, refusal=Refusal(kind="split-brain", reason="both wrote"))
     assert hopeless(split, "synced") == hopeless(split, "connected") == f"both wrote; {CHOOSE}"
+    away = status(peer={"connected": False, "role": "unknown"}, refusal=split.refusal)  # it may come back made anew
+    assert hopeless(away, "synced") is None
     assert hopeless(split, "primary") is None
     assert hopeless(status(refusal=Refusal(kind="refused", reason="busy")), "synced") is None
 
