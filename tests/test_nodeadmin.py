@@ -12,7 +12,7 @@ import pytest
 from farside import LIMIT_S, run_cli
 from pairfile import read_pair, write_pair
 
-from mirrorpair.errors import WrongRoleError
+from mirrorpair.errors import RefusedError, WrongRoleError
 from mirrorpair.node import Node
 from mirrorpair.nodeadmin import AdminSide
 from mirrorpair.nodepeer import PeerSide
@@ -86,7 +86,7 @@ def test_w8_nobody_is_promoted_whose_disk_cannot_be_flushed(tmp_path: Path) -> N
     async def scenario(alpha: Core, beta: Core) -> None:
         await promote(alpha)
         await AdminSide(beta).wait_for("synced")
-        await AdminSide(alpha).demote()
+        await AdminSide(alpha).demote(dry_run=False)
         reader, writer = os.pipe()
         try:
             os.dup2(reader, beta.open.volumes[0].image.fd)  # no fdatasync works on a pipe

@@ -37,4 +37,5 @@ def test_r9_a_named_rate_holds_the_resync_back_and_nobody_else(make_node: MakeNo
     status = a.engine.volume_status(0)
     assert (status.resync_active, status.resync_done) == (True, MIB)
     assert a.dirty() in (7 * MIB // BLOCK, 8 * MIB // BLOCK)  # the first unit's bits go with a barrier
+    b.flush()  # its numbers are told with an event
     assert b.engine.volume_status(0).written_bytes == 200 * 4096

@@ -98,7 +98,10 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("what", DEFECTS)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(what, marks=pytest.mark.xdist_group(f"threads-{defect[2]}")) for what, defect in DEFECTS.items()],
+)
 def test_a_defect_is_found(native: Native, rng: random.Random, tmp_path: Path, what: str) -> None:
     name, arguments, flavour, file, right, wrong = DEFECTS[what]
     text = (SOURCES / file).read_text(encoding="utf-8")
