@@ -49,6 +49,7 @@ from mirrorpair.peermessages import (
 )
 from mirrorpair.peersocket import Backoff
 from mirrorpair.rolewords import (
+    FAILED,
     Answer,
     CaughtUp,
     Drain,
@@ -276,7 +277,7 @@ class Core:
         try:
             async with self._swapping:
                 if action.purpose in ("promote", "readopt") and (error := await self._flush_first()):
-                    self.post(Swapped(action, False, error))
+                    self.post(Swapped(action, False, error, code=FAILED))
                     return
                 await self.durable(lambda: self.open.raise_epoch_floor(action.epoch))
                 result = await self._swap_once(action)
@@ -438,11 +439,11 @@ class Core:
 
         self.post(settle)
 
-    def _disk_error(self, index: int, number: int, text: str) -> None:
+    def _disk_error(self, index: int, _number: int, text: str) -> None:
         volume = self.open.volumes[index]
-        log.error("volume %s: %s: %s", volume.name, text, os.strerror(number))
+        log.error("volume %s: %s", volume.name, text)
         if volume.failed is None:
-            volume.failed = f"{text}: {os.strerror(number)}"
+            volume.failed = text
             self.view.event("disk", volume.failed, volume=volume.name, new="failed")
 
     def _clients_gone(self, _a: int, _b: int, _text: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from farside import LIMIT_S, run_cli
 from pairfile import read_pair, write_pair
 
-from mirrorpair.errors import RefusedError, WrongRoleError
+from mirrorpair.errors import MirrorpairError, WrongRoleError
 from mirrorpair.node import Node
 from mirrorpair.nodeadmin import AdminSide
 from mirrorpair.nodepeer import PeerSide
@@ -90,8 +90,9 @@ def test_w8_nobody_is_promoted_whose_disk_cannot_be_flushed(tmp_path: Path) -> N
         reader, writer = os.pipe()
         try:
             os.dup2(reader, beta.open.volumes[0].image.fd)  # no fdatasync works on a pipe
-            with pytest.raises(RefusedError, match="beta cannot flush its images: Invalid argument"):
+            with pytest.raises(MirrorpairError, match="beta cannot flush its images: Invalid argument") as caught:
                 await promote(beta)
+            assert caught.value.exit_code == 1
         finally:
             os.close(reader)
             os.close(writer)
