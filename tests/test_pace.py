@@ -1,24 +1,18 @@
-"""R9: how fast the online resync may go (csrc/pace.h), by its rules and in an engine."""
+"""R9: how fast the online resync may go, in an engine. The rules of csrc/pace.h alone are tests/c/pace_rules.c's, see
+test_threads.py."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from engineside import BLOCK, MIB, Client, join
-from native import ADDRESS, HERE, Native
 
 from mirrorpair import _core
 
 if TYPE_CHECKING:
     import random
-    from pathlib import Path
 
     from engineside import MakeNode
-
-
-def test_r9_rules(repository: Path, tmp_path: Path) -> None:
-    assert repository
-    Native(tmp_path).program(ADDRESS, HERE / "c" / "pace_rules.c").passes()
 
 
 def test_r9_a_named_rate_holds_the_resync_back_and_nobody_else(make_node: MakeNode, rng: random.Random) -> None:

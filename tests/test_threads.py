@@ -36,6 +36,7 @@ def native(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Native
         ("loop_threads", [2000]),
         ("loop_threads", [2000, 1_000_000]),  # looks for work for a while before it sleeps
         ("pool_threads", [10000]),
+        ("pace_rules", []),  # of one thread, as flight_model
     ],
 )
 def test_a_shared_part(native: Native, rng: random.Random, name: str, arguments: list[int], flavour: str) -> None:

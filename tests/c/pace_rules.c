@@ -1,6 +1,6 @@
 /* pace_rules.c - csrc/pace.h (R9) by a clock of its own: what clients, a rate and lost ground do to the resync.
  *
- * Use: pace_rules. Nothing here is random.
+ * Use: pace_rules. Nothing here is random, so a seed is not looked at.
  */
 #include "pace.h"
 
