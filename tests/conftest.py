@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
+import hypothesis
 import pytest
 import sanitized
 
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from engineside import MakeNode
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unhurried")
 
 # Programs started by tests run what is installed, not the source tree that happens to be the working folder.
 os.environ["PYTHONSAFEPATH"] = "1"

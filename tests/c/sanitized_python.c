@@ -7,6 +7,7 @@
  * - Reports go to files PATH.PID, PATH being REPORTS or what the environment's MIRRORPAIR_REPORTS says: a daemon's stderr may
  *   be anybody's. Whoever runs the tests must look for them.
  * - The first report of either kind ends the process, with an exit code that no command of ours has.
+ * - The quarantine is small: the larger a process, the dearer its forks, and every copy forks.
  * - A fatal signal is reported even where the core resets its handlers (2: cannot be replaced); SIGBUS is guard.c's own.
  */
 #define _GNU_SOURCE
@@ -20,8 +21,8 @@ void __ubsan_handle_add_overflow(void *data, void *a, void *b);
 
 __attribute__((visibility("default"))) const char *__asan_default_options(void)
 {
-    return "exitcode=86:log_path=" REPORTS ":detect_leaks=0:handle_segv=2:handle_sigfpe=2:handle_sigill=2:"
-           "verify_asan_link_order=0";
+    return "exitcode=86:log_path=" REPORTS ":detect_leaks=0:quarantine_size_mb=16:verify_asan_link_order=0:"
+           "handle_segv=2:handle_sigfpe=2:handle_sigill=2";
 }
 
 __attribute__((visibility("default"))) const char *__ubsan_default_options(void)
