@@ -96,7 +96,7 @@ def damage_of(kind: Kind, offset: int, back: bool, rng: random.Random) -> Damage
 
 
 def places_of(run: Run, rng: random.Random, step: int = 1) -> list[tuple[int, bool]]:
-    """One in `step` of all, and under ASan a sixteenth of these: there each of a case's two forks is many times as dear."""
+    """One in `step` of all, and under ASan a sixteenth of these: there each case's two forks are many times as dear."""
     step *= 16 if sanitized.active() else 1
     return offsets(run)[rng.randrange(step) :: step]
 
