@@ -81,7 +81,15 @@ def compile_python(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         program = Path(folder, "python.o")
         for command in (
-            ["-O1", "-Wall", f"-I{include}", f'-DREPORTS="{REPORTS / ANY}"', "-c", HERE / "c" / "sanitized_python.c"],
+            [
+                "-O1",
+                "-Wall",
+                "-fno-omit-frame-pointer",
+                f"-I{include}",
+                f'-DREPORTS="{REPORTS / ANY}"',
+                "-c",
+                HERE / "c" / "sanitized_python.c",
+            ],
             ["-fsanitize=address,undefined", "-rdynamic", program, *libpython(), "-lm"],
         ):
             output = program if "-c" in command else target

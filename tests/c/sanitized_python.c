@@ -30,14 +30,59 @@ __attribute__((visibility("default"))) const char *__ubsan_default_options(void)
     return "exitcode=86:halt_on_error=1:print_stacktrace=1";
 }
 
+/* Nobody is inside ASan's allocator while a process forks: its locks, unlike glibc's, stay with a thread that the child does not
+ * have, and a copy forks while other threads work. Its functions are met here first, since this is the program. */
+static pthread_rwlock_t inside = PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
+
+#define WRAP(type, name, parameters, arguments)                                  \
+    type __interceptor_##name parameters;                                        \
+    __attribute__((visibility("default"))) type name parameters                  \
+    {                                                                            \
+        pthread_rwlock_rdlock(&inside);                                          \
+        type result = __interceptor_##name arguments;                            \
+        pthread_rwlock_unlock(&inside);                                          \
+        return result;                                                           \
+    }
+
+WRAP(void *, malloc, (size_t size), (size))
+WRAP(void *, calloc, (size_t count, size_t size), (count, size))
+WRAP(void *, realloc, (void *at, size_t size), (at, size))
+WRAP(void *, reallocarray, (void *at, size_t count, size_t size), (at, count, size))
+WRAP(void *, memalign, (size_t alignment, size_t size), (alignment, size))
+WRAP(void *, aligned_alloc, (size_t alignment, size_t size), (alignment, size))
+WRAP(int, posix_memalign, (void **at, size_t alignment, size_t size), (at, alignment, size))
+
+void __interceptor_free(void *at);
+__attribute__((visibility("default"))) void free(void *at)
+{
+    pthread_rwlock_rdlock(&inside);
+    __interceptor_free(at);
+    pthread_rwlock_unlock(&inside);
+}
+
+static void before_fork(void)
+{
+    pthread_rwlock_wrlock(&inside);
+}
+
+static void after_fork(void)
+{
+    pthread_rwlock_unlock(&inside);
+}
+
+static void in_child(void)
+{
+    inside = (pthread_rwlock_t)PTHREAD_RWLOCK_WRITER_NONRECURSIVE_INITIALIZER_NP;
+}
+
 /* Each runtime has a file of its own for its reports, and a function of the same name to set it; UBSan's log_path does not. */
-static int set_path(void *inside, const char *path)
+static int set_path(void *address, const char *path)
 {
     void (*set)(const char *);
     void *library;
     Dl_info info;
 
-    if (!dladdr(inside, &info))
+    if (!dladdr(address, &info))
         return -1;
     library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
     if (!library)
@@ -59,6 +104,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "%s: the sanitizers' runtimes cannot be told where to report\n", argv[0]);
         return 86;
     }
+    if (pthread_atfork(before_fork, after_fork, in_child))
+        return 86;
     setenv("PYTHONMALLOC", "malloc", 0); /* so that ASan sees each object */
     return Py_BytesMain(argc, argv);
 }
