@@ -1,4 +1,5 @@
-"""libFuzzer on the parsers in C: NBD requests, frames, units of a copy, the journal; and a whole engine's NBD service.
+"""libFuzzer on the parsers in C: NBD requests, frames, units of a copy, the journal; and on a whole engine: its NBD
+service and its replication link.
 
 Rules:
 - The targets of tests/fuzz are compiled with clang under the address and undefined-behaviour sanitizers. What a target
@@ -101,6 +102,39 @@ def client_seeds(rng: random.Random) -> list[bytes]:
     ]
 
 
+def peer_seeds(rng: random.Random) -> list[bytes]:
+    """Honest sessions, to be made worse: a move is its kind, what, and what that needs (fuzz_peer.c)."""
+    job = bytes([26, 0])
+
+    def write(what: int) -> bytes:
+        return bytes([0, what | 16]) + rng.randbytes(2)
+
+    def ask(what: int) -> bytes:
+        return bytes([18, what]) + rng.randbytes(2)
+
+    def rest() -> bytes:
+        return rng.choice([b"", b"\3\1", b"\3\1" + job * 3])
+
+    def answer() -> bytes:
+        return rng.choice([b"\x0a\7", b"\x0a\1", b"\x0c\0"]) + job * rng.randrange(3)
+
+    target = b"".join(write(rng.choice([2, 5, 8, 34, 73])) + job * rng.randrange(2) + rest() for _ in range(30))
+    units = [bytes([4, kind | 32, block, 5, block]) + job for kind in (4, 6) for block in (0, 3)]
+    unit = bytes([7, 0, 7, 1]) + b"".join(units)
+    ends = bytes([14, 0, 14, 1]) + job * 2
+    source = b"".join(ask(rng.randrange(256)) + answer() for _ in range(30))
+    settle = (bytes([15, 2, 0, 15, 3, 0]) + job * 2) * 8 + b"\x0c\0"
+    again = b"\x17\0" + bytes([22, 0]) + ends
+    return [
+        b"\0" + target + b"\3\1" + job * 4,
+        b"\0" + unit + target,
+        b"\1" + ends + source,
+        b"\1" + ends + source + again + source,
+        b"\5" + ends + job * 8 + settle + source + settle,
+        b"\7" + ends + job * 8 + settle + source,
+    ]
+
+
 class Target(NamedTuple):
     seeds: list[bytes]
     runs: int
@@ -115,6 +149,7 @@ TARGETS = {
     "fuzz_wire": Target(wire_seeds(RNG), 50000, 4000),
     "fuzz_journal": Target(journal_seeds(RNG), 1500, 600),
     "fuzz_client": Target(client_seeds(RNG), 1000, 800, onethread=True),
+    "fuzz_peer": Target(peer_seeds(RNG), 600, 800, onethread=True),
 }
 
 
@@ -167,6 +202,7 @@ DEFECTS = {
     "fuzz_wire": ("wire.c", "if (length - *at < 8 + more)", "if (length - *at < 8)"),
     "fuzz_journal": ("actlog.c", "if (extent >= extents)", "if (extent > extents)"),
     "fuzz_client": ("serve.c", "c->drain = n.length;", "c->drain = n.length - 1;"),
+    "fuzz_peer": ("link.c", "mp_load64(payload) != link->writes", "mp_load64(payload) < link->writes"),
 }
 
 
