@@ -126,6 +126,10 @@ def peer_seeds(rng: random.Random) -> list[bytes]:
     settle = (bytes([15, 2, 0, 15, 3, 0]) + job * 2) * 8 + b"\x0c\0"
     again = b"\x17\0" + bytes([22, 0]) + ends
     return [
+        b"\0" + write(2) + job + b"\3\1" + job,  # short ones too: one byte in them is soon another
+        b"\0" + write(2) + job + b"\3\0" + job,  # and a lie: it counts one write too many
+        b"\1" + ends + ask(3) + b"\x0a\7" + ask(4) + job * 3 + b"\x0c\0" + job,
+        b"\5" + ends + job * 3 + b"\x0f\2\0\x0f\3\0" + job + b"\x0c\0",
         b"\0" + target + b"\3\1" + job * 4,
         b"\0" + unit + target,
         b"\1" + ends + source,
