@@ -117,6 +117,11 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     def node_file(self) -> str:
         return f"{self.folder}/node"
 
+    @property
+    def record_file(self) -> str:
+        """The lone pair's copy of the register."""
+        return f"{self.folder}/register"
+
     def meta_path(self, volume: str) -> str:
         """The metadata file of this volume on this node."""
         return f"{self.folder}/{volume}.meta"

@@ -83,7 +83,7 @@ class Node:
         core = self._core
         core.open = await asyncio.to_thread(open_all, core.config, core.me)
         stack.callback(core.open.close)
-        core.register = LoneRegister(os.path.join(core.me.folder, "register"), core.open.value.incarnation_id)
+        core.register = LoneRegister(core.me.record_file, core.open.value.incarnation_id)
         self._check_register()
         core.engine = Engine([volume.engine_entry() for volume in core.open.volumes], resync_rate=core.config.rate)
         stack.callback(core.engine.stop)

@@ -139,6 +139,7 @@ class AdminSide:
             [self._core.open.volume(volume).name] if volume is not None else [v.name for v in self._core.open.volumes]
         )
         if not self._core.peer_link.connected:
+            self._raise_refusal()
             raise UnreachableError(f"{self._core.peer.name} is not connected: what a resync would do is not known")
         if self._core.link is None and not self._core.decisions:
             self._core.peer_link.hurry()
@@ -156,6 +157,7 @@ class AdminSide:
         volumes = [self._core.open.volume(volume)] if volume is not None else self._core.open.volumes
         if not self._core.peer_link.connected:
             self._core.peer_link.hurry()
+            self._raise_refusal()
             raise UnreachableError(f"{self._core.peer.name} is not connected")
         if full:
             for one in volumes:
@@ -181,6 +183,7 @@ class AdminSide:
         return self._core.view.resync_sentence()
 
     def _raise_refusal(self) -> None:
+        """Why there is no mirror, if it is known. A peer that was refused at its first word is never connected."""
         refusal = self._core.refusal
         if refusal is None:
             return

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from mirrorpair.arbiter.lone import LoneRegister
 from mirrorpair.errors import MirrorpairError, UsageError
 from mirrorpair.identity import difference, identify
 from mirrorpair.linux import block_device_size
@@ -36,9 +37,10 @@ _DISTRUSTED = (
 
 
 class FileCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """One file; `volume` is None for the node file."""
+    """One file; `volume` is None for the node file, and for the record of the roles, which is named only when it is
+    damaged."""
 
-    what: Literal["node", "volume"]
+    what: Literal["node", "volume", "record"]
     volume: str | None
     path: str
     good: bool
@@ -83,7 +85,7 @@ class LogState(msgspec.Struct, frozen=True, kw_only=True):
 class FileDump(msgspec.Struct, frozen=True, kw_only=True):
     """A FileCheck and what the file holds. `content` is None when no copy is valid."""
 
-    what: Literal["node", "volume"]
+    what: Literal["node", "volume", "record"]
     volume: str | None
     path: str
     good: bool
@@ -122,7 +124,8 @@ class Look(msgspec.Struct, frozen=True):
 
 
 def look_at(config: Config, node: Node) -> list[Look]:
-    """The node file and the metadata of every volume, in this order. UsageError: there is none of them at all."""
+    """The node file, the metadata of every volume, and a damaged record, in this order. UsageError: there is none of
+    them at all."""
     first = _read(node.node_file, None)
     own = first.found.value if first.found is not None and isinstance(first.found.value, NodeFile) else None
     looks = [_fitted(first, _node_misfits(config, node, own))]
@@ -134,7 +137,29 @@ def look_at(config: Config, node: Node) -> list[Look]:
             f"node {node.name} of pair {config.name} has no files in {printable(node.folder)}: "
             "`mirrorpair init` makes them"
         )
-    return looks
+    return looks + _record(node, own)
+
+
+def _record(node: Node, own: NodeFile | None) -> list[Look]:
+    """The lone pair's copy of the register, if the daemon would refuse it. Which node's it is stands in the node
+    file."""
+    if own is None:
+        return []
+    try:
+        LoneRegister(node.record_file, own.incarnation_id)
+    except MirrorpairError as error:
+        file = FileCheck(
+            what="record",
+            volume=None,
+            path=node.record_file,
+            good=False,
+            usable=False,
+            problems=(str(error),),
+            recoverable="images and metadata are whole; who was primary and who in sync is lost here, the peer's copy "
+            "is not: remove this file while the peer is there",
+        )
+        return [Look(file, None)]
+    return []
 
 
 def checked(config: Config, node: Node, looks: list[Look]) -> NodeCheck:

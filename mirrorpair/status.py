@@ -410,6 +410,14 @@ def _no_primary(status: Status) -> _Verdict | None:
     peer = status.peer
     if status.role == "primary" or peer.role == "primary":
         return None
+    if status.refusal is not None:
+        # Before anybody is promoted: what only the other one has may be lost by it.
+        return _Verdict(
+            "critical",
+            "no node is primary",
+            f"{status.refusal.reason}; nobody serves",
+            "remove the cause, then `mirrorpair promote` on the node that shall serve",
+        )
     if peer.role == "secondary" and peer.link != "silent":
         return _Verdict(
             "critical",

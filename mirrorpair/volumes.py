@@ -10,14 +10,18 @@ Rules:
 
 from __future__ import annotations
 
+import os
+import stat
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mirrorpair.errors import RefusedError, UsageError
 from mirrorpair.history import NO_ID, Ids, Side, adopt, began_alone, first, forget_bitmap
 from mirrorpair.identity import boot_id, difference, identify
 from mirrorpair.image import Image, open_target
 from mirrorpair.metadata import NodeFile, Superblock, check_owner, open_node, open_volume, rolled_back
+from mirrorpair.text import printable
+from mirrorpair.units import format_exact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from mirrorpair.config import Config, Node, Volume
     from mirrorpair.history import DiskState, Role
     from mirrorpair.twofold import Stored
+
+_File = TypeVar("_File")
 
 
 class OpenVolume:
@@ -198,6 +204,41 @@ def side_of(
     )
 
 
+def _or_check(config: Config, node: Node, opens: Callable[[str], _File], path: str) -> _File:
+    """One of the node's files. A part of them missing is a loss, and `init` alone would not mend it."""
+    try:
+        return opens(path)
+    except UsageError as error:
+        others = (node.node_file, *(node.meta_path(volume.name) for volume in config.volumes))
+        if os.path.lexists(path) or not any(os.path.lexists(one) for one in others):
+            raise
+        raise RefusedError(
+            f"{printable(path)} is missing, while other files of this node are there: `mirrorpair meta check` says "
+            "what can be saved"
+        ) from error
+
+
+def _image(path: str, volume: Volume) -> Image:
+    """M1."""
+    shown = printable(path)
+    anew = "`mirrorpair init --force` makes this node new, and it takes everything from its peer"
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"the image {shown} of volume {volume.name} does not exist: if its file system is only not mounted, mount "
+            f"it; if it is lost, {anew}"
+        ) from None
+    except OSError:
+        found = None  # opening it says what is wrong
+    if found is not None and stat.S_ISREG(found.st_mode) and found.st_size != volume.size:
+        raise RefusedError(
+            f"the image {shown} has {format_exact(found.st_size)}, volume {volume.name} {format_exact(volume.size)}: "
+            f"it was cut, grown or replaced; put the right one back, or {anew}"
+        )
+    return open_target(path, size=volume.size, create=False)
+
+
 def open_all(config: Config, node: Node) -> OpenNode:
     """RefusedError: another daemon has them, they are another node's, damaged, or of another size. UsageError: they
     were never made. ImageError: they cannot be read."""
@@ -206,7 +247,7 @@ def open_all(config: Config, node: Node) -> OpenNode:
         check_owner(file.value, pair=config.name, node=node.name)
         volumes = []
         for index, volume in enumerate(config.volumes):
-            meta = stack.enter_context(open_volume(node.meta_path(volume.name)))
+            meta = stack.enter_context(_or_check(config, node, open_volume, node.meta_path(volume.name)))
             check_owner(
                 meta.value,
                 pair=config.name,
@@ -216,7 +257,7 @@ def open_all(config: Config, node: Node) -> OpenNode:
                 block_size=volume.block_size,
                 pair_uuid=file.value.pair_uuid,
             )
-            image = stack.enter_context(open_target(node.images[volume.name], size=volume.size, create=False))
+            image = stack.enter_context(_image(node.images[volume.name], volume))
             distrust = difference(meta.value.identity, identify(image.fd)) or rolled_back(meta.value, file.value)
             volumes.append(OpenVolume(index, volume, image, meta, distrust))
         pairs = {one.block.pair_uuid for one in volumes if one.block.pair_uuid}

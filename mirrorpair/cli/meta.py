@@ -119,7 +119,8 @@ def _show(settings: Settings, config: Config, look: Look) -> None:
     file = look.check
     if settings.quiet and file.good:
         return
-    name = f"volume {file.volume}" if file.volume is not None else f"node file of {config.name}"
+    names = {"node": f"node file of {config.name}", "record": f"record of the roles of {config.name}"}
+    name = names.get(file.what, f"volume {file.volume}")
     state = "good" if file.good else "WRONG, but usable" if file.usable else "UNUSABLE"
     write_line(f"{name}: {state}{_held(look)}")
     if settings.verbose or not file.good:
