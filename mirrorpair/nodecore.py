@@ -141,6 +141,8 @@ class Core:
         self.peer_beat: Beat | None = None
         self.survivor_flag = False
         """its peer was lost as a connected primary (F18)"""
+        self.peer_leaves = False
+        """the connected peer has said that it stops"""
         self._peer_boot: str | None = None
         """the peer's boot in the last data link"""
         self.process = secrets.token_hex(8)

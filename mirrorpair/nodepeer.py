@@ -123,6 +123,7 @@ class PeerSide:
     def peer_up(self, hello: Hello) -> None:
         self._core.register.ask_peer = self._core.ask_swap
         self._core.peer_beat = None
+        self._core.peer_leaves = False
         self._core.refusal = None  # of an earlier session: this peer may have been made anew
         self._core.decisions = {}
         log.info("%s is connected: %s of epoch %d, version %s", hello.node, hello.role, hello.epoch, hello.version)
@@ -235,22 +236,26 @@ class PeerSide:
         return "ok"
 
     async def _asked_leave(self, ask: LeaveAsk) -> str:
-        """A18: answered when this node needs the peer no more."""
+        """A18: answered when this node needs the peer no more. One that has drained in order to stop itself needs it no
+        more, and decides nothing any more that could be waited for."""
         log.info("%s stops gracefully", self._core.peer.name)
+        self._core.peer_leaves = True
         if ask.role == "primary":
             self._core.peer_link.heart.promises.release(clock_boottime_ns())
         self._core.post(PeerLeft())
         try:
             async with asyncio.timeout(LEAVE_S):
-                while not self._core.state.peer_left or (
-                    self._core.state.role == "primary" and self._core.state.peer_in_sync
+                while not self._core.quiet and (
+                    not self._core.state.peer_left
+                    or (self._core.state.role == "primary" and self._core.state.peer_in_sync)
                 ):
                     await self._core.change()
         except TimeoutError:
             raise PeerTimeoutError(
                 f"{self._core.name} could not take {self._core.peer.name} out of the in-sync set in time"
             ) from None
-        return "outdated" if self._core.state.role == "primary" else "ok"
+        shrunk = self._core.state.role == "primary" and not self._core.state.peer_in_sync
+        return "outdated" if shrunk else "ok"
 
     # --- the data link
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mirrorpair.errors import RefusedError, UsageError
 from mirrorpair.history import NO_ID, Ids, Side, adopt, began_alone, first, forget_bitmap
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from mirrorpair.config import Config, Node, Volume
     from mirrorpair.history import DiskState, Role
     from mirrorpair.twofold import Stored
-
-_File = TypeVar("_File")
 
 
 class OpenVolume:
@@ -99,9 +97,10 @@ class OpenNode:
 
     def started(self, *, settled: bool) -> None:
         """The daemon runs. `settled` False: an earlier end is not settled yet, so what the node file says of it stays
-        until it is."""
+        until it is. F15: that a volume is distrusted is durable with this, hence before an epoch or uuid is written
+        that would take the evidence away."""
         for volume in self.volumes:
-            volume.meta.update(clean=False, boot_id=self.boot_id)
+            volume.meta.update(clean=False, boot_id=self.boot_id, distrusted=volume.distrust is not None)
         if settled:
             self.file.update(clean=False, boot_id=self.boot_id, role="secondary")
 
@@ -159,7 +158,12 @@ def prepare(volume: OpenVolume, *, volume_uuid: str, first_id: int, target: bool
 def finish_target(volume: OpenVolume, source: Ids) -> None:
     """R1, G4: everything is here and durable; the source's ids, then the flag: one write holds both. Blocks."""
     volume.meta.update(
-        ids=adopt(source), disk="consistent", identity=identify(volume.image.fd), discard=False, peer_disk="up-to-date"
+        ids=adopt(source),
+        disk="consistent",
+        identity=identify(volume.image.fd),
+        discard=False,
+        peer_disk="up-to-date",
+        distrusted=False,
     )
     volume.distrust = None
 
@@ -204,18 +208,15 @@ def side_of(
     )
 
 
-def _or_check(config: Config, node: Node, opens: Callable[[str], _File], path: str) -> _File:
-    """One of the node's files. A part of them missing is a loss, and `init` alone would not mend it."""
-    try:
-        return opens(path)
-    except UsageError as error:
-        others = (node.node_file, *(node.meta_path(volume.name) for volume in config.volumes))
-        if os.path.lexists(path) or not any(os.path.lexists(one) for one in others):
-            raise
+def _check_all_there(config: Config, node: Node) -> None:
+    """A part of the node's files missing is a loss, and `init` alone would not mend it."""
+    paths = (node.node_file, *(node.meta_path(volume.name) for volume in config.volumes))
+    missing = [path for path in paths if not os.path.lexists(path)]
+    if missing and len(missing) < len(paths):
         raise RefusedError(
-            f"{printable(path)} is missing, while other files of this node are there: `mirrorpair meta check` says "
-            "what can be saved"
-        ) from error
+            f"{printable(missing[0])} is missing, while other files of this node are there: `mirrorpair meta check` "
+            "says what can be saved"
+        )
 
 
 def _image(path: str, volume: Volume) -> Image:
@@ -242,12 +243,13 @@ def _image(path: str, volume: Volume) -> Image:
 def open_all(config: Config, node: Node) -> OpenNode:
     """RefusedError: another daemon has them, they are another node's, damaged, or of another size. UsageError: they
     were never made. ImageError: they cannot be read."""
+    _check_all_there(config, node)
     with ExitStack() as stack:
         file = stack.enter_context(open_node(node.node_file))
         check_owner(file.value, pair=config.name, node=node.name)
         volumes = []
         for index, volume in enumerate(config.volumes):
-            meta = stack.enter_context(_or_check(config, node, open_volume, node.meta_path(volume.name)))
+            meta = stack.enter_context(open_volume(node.meta_path(volume.name)))
             check_owner(
                 meta.value,
                 pair=config.name,

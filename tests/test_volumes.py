@@ -9,7 +9,8 @@ from farside import run_cli
 from pairfile import read_pair, write_pair
 
 from mirrorpair.errors import RefusedError
-from mirrorpair.volumes import open_all
+from mirrorpair.history import Ids
+from mirrorpair.volumes import finish_target, open_all
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,3 +60,27 @@ def test_m1_metadata_of_two_pairs_are_refused(folder: Path) -> None:
     node.close()
     with pytest.raises(RefusedError, match="different pairs"):
         opened(folder)
+
+
+def test_f15_a_volume_from_an_older_copy_stays_distrusted_until_everything_was_copied(folder: Path) -> None:
+    """Whatever is written meanwhile: a new epoch would take away what told the copy's age."""
+    node = opened(folder)
+    node.file.update(epoch=5)
+    node.volumes[1].meta.update(epoch=5)
+    node.close()
+    for epoch in (5, 6, 7):
+        node = opened(folder)
+        assert node.volumes[0].distrust is not None
+        assert node.volumes[1].distrust is None
+        node.started(settled=True)
+        node.met(PAIR)
+        node.learned(epoch=epoch, version=epoch, role="secondary", settled=True)
+        node.close()
+    node = opened(folder)
+    assert "older" in (node.volumes[0].obstacle() or "")
+    finish_target(node.volumes[0], Ids(current=9))
+    assert node.volumes[0].obstacle() is None
+    node.close()
+    node = opened(folder)
+    assert [volume.distrust for volume in node.volumes] == [None, None]
+    node.close()

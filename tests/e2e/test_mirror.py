@@ -224,6 +224,24 @@ def test_a_clean_stop_of_both_and_a_start_of_both(pair: Pair, model: Model) -> N
     finish(pair, model)
 
 
+def test_both_told_to_stop_at_the_same_moment_stop_cleanly(pair: Pair, model: Model) -> None:
+    """Each would wait for the other one's word that it is not needed any more."""
+    pair.up()
+    serve(pair.alpha, model)
+    for node in pair.nodes:
+        node.signal(signal.SIGTERM)
+    for node in pair.nodes:
+        assert node.stop() == 0
+    assert "warning: alpha was not told" not in pair.logs()
+    assert "warning: beta was not told" not in pair.logs()
+    assert "could not take" not in pair.logs()
+    pair.same_images()
+    for node in pair.nodes:
+        node.start()
+    pair.alpha.wait("primary")  # A4, A18: of record, and with its peer there
+    finish(pair, model)
+
+
 def test_who_stopped_first_does_not_take_the_role_back_alone(pair: Pair, model: Model) -> None:
     """A18: beta may have been promoted since. And a person may promote beta, which has everything, without loss."""
     pair.up()
