@@ -96,6 +96,9 @@ class Node:
             dial=core.peer.address,
             timing=core.timing,
         )
+        # The place first: a daemon that cannot have it has not begun, and what an earlier one wrote at its end stays.
+        await core.peer_link.listen()
+        stack.push_async_callback(core.peer_link.stop)
         admin = AdminServer(core.me.control, AdminSide(core))
         await admin.start()
         stack.push_async_callback(admin.close)

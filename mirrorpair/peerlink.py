@@ -95,10 +95,16 @@ class PeerLink:
         self._data_wanted = asyncio.Event()
         self._data_busy = False
 
-    async def start(self) -> None:
-        """Listens, and dials if it is ours to dial. RefusedError: the address is in use. UsageError: it cannot be
-        bound."""
+    async def listen(self) -> None:
+        """Takes the place; whoever connects waits until `start`. RefusedError: the address is in use. UsageError: it
+        cannot be bound."""
         self._server = await bind(self._listen)
+
+    async def start(self) -> None:
+        """Listens, if it does not yet, and dials if it is ours to dial. Raises as `listen`."""
+        if self._server is None:
+            await self.listen()
+        assert self._server is not None
         self._spawn(self._accept_loop(self._server))
         if self.dials:
             self._spawn(self._dial_loop())

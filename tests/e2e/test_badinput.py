@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -272,7 +271,7 @@ def test_ports_and_sockets_that_are_taken(pair: Pair) -> None:
     pair.config.write_text(whole)
     for suffix in ("ctl", "nbd", "peer"):
         alpha.path(suffix).write_text("kept")
-        refuses(alpha, "run", code=12, text=rf"alpha\.{suffix} .*(no|not a) socket")
+        refuses(alpha, "run", code=12, text=rf"alpha\.{suffix}\b.*(no|not a) socket")
         assert alpha.path(suffix).read_text() == "kept"
         alpha.path(suffix).unlink()
     alpha.start()
@@ -283,7 +282,7 @@ def test_ports_and_sockets_that_are_taken(pair: Pair) -> None:
 def test_no_space_for_the_metadata_is_told_at_init_and_leaves_nothing(pair: Pair, tmpfs: Callable[..., Path]) -> None:
     small = tmpfs("32k")
     pair.config.write_text(pair.config.read_text().replace('state-dir = "alpha"', f'state-dir = "{small}"'))
-    refuses(pair.alpha, "init", code=1, text="no space is left there")
+    refuses(pair.alpha, "init", code=1, text="no space for .*No space left on device")
     assert list(small.iterdir()) == []
     assert not pair.alpha.image().exists()
 
@@ -292,15 +291,13 @@ def test_no_space_for_the_metadata_is_told_at_init_and_leaves_nothing(pair: Pair
 
 
 def mirrors_not(node: Daemon, text: str) -> None:
-    """Refused at its first word: every command that is about the peer says why."""
+    """Refused at its first word: the commands that are about the peer say why."""
     for _ in range(10000):
         if node.status().refusal is not None:
             break
     else:
         raise AssertionError(f"{node.name} does not refuse its peer\n{node.pair.logs()}")
     refuses_live(node, "resync", "data", "-y", code=12, text=text)
-    refuses_live(node, "resync", "data", "--dry-run", code=12, text=text)
-    refuses_live(node, "wait", "--for", "connected", "--timeout", "0", code=13, text=text)
     shown = node.command("status").stdout
     assert re.search(text, shown), shown
     assert "--accept-data-loss" not in shown  # not the advice, as long as there is a cause that can be removed
@@ -374,7 +371,10 @@ def test_a_peer_of_another_version_is_refused_with_both_named(pair: Pair) -> Non
         pool.submit(answer, place)
         try:
             pair.alpha.start()
-            mirrors_not(pair.alpha, f"version 9.9 and speaks protocol {newer} to {newer}")
+            text = f"version 9.9 and speaks protocol {newer} to {newer}"
+            mirrors_not(pair.alpha, text)
+            refuses_live(pair.alpha, "resync", "data", "--dry-run", code=12, text=text)
+            refuses_live(pair.alpha, "wait", "--for", "connected", "--timeout", "0", code=13, text=text)
             assert pair.alpha.stop() == 0
         finally:
             place.shutdown(socket.SHUT_RDWR)
@@ -447,16 +447,18 @@ def test_clients_that_do_not_keep_to_the_protocol(pair: Pair, rng: random.Random
         for part in (1, 14, 27):  # half a header; then half a payload
             with pair.alpha.client() as client:
                 client.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, CMD_WRITE, 7, 0, 4096)[:part])
+                client.hang_up()
         for part in (1, 4095):
             with pair.alpha.client() as client:
                 send(client, CMD_WRITE, 0, 4096, bytes(part))
+                client.hang_up()
         still_good()
         for _ in range(4):  # replies pending, and nobody reads them
             with pair.alpha.client() as client:
                 client.socket.settimeout(HANG_S)
                 for number in range(32):
                     send(client, CMD_READ, 0, 1 << 20, cookie=number)
-                fcntl.ioctl(client.socket.fileno(), 0x541B, bytes(4))  # FIONREAD: looked at, not taken
+                client.hang_up()
         still_good()
     for node in pair.nodes:
         assert node.stop() == 0
