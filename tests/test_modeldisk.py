@@ -10,8 +10,9 @@ Rules:
 - It can fail: the usual run found each of these, put into csrc one at a time and taken out again. The dirty bit of the
   last 4 KiB of a write alone; of trims that were not confirmed (W7); 513-byte writes that skip the peer; FUA not done
   here, or not sent there; a trim off its 4 KiB that is one byte short at the peer; a resync that reads a block with a
-  write in flight on it (R3); a FLUSH that waits for no peer, or does no fdatasync; trims not sent again after a flap
-  (A17); reads, or writes at the last byte, not serialised with writes that they overlap (W2).
+  write in flight on it (R3); the target's first bits not taken over (R2); a FLUSH that waits for no peer, or does no
+  fdatasync; trims not sent again after a flap (A17); reads, or writes at the last byte, not serialised with writes
+  that they overlap (W2).
 """
 
 from __future__ import annotations
