@@ -16,6 +16,7 @@ from mirrorpair.errors import MirrorpairError, WrongRoleError
 from mirrorpair.node import Node
 from mirrorpair.nodeadmin import AdminSide
 from mirrorpair.nodepeer import PeerSide
+from mirrorpair.peermessages import LeaveAsk
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -99,5 +100,19 @@ def test_w8_nobody_is_promoted_whose_disk_cannot_be_flushed(tmp_path: Path) -> N
         assert (beta.state.role, beta.register.copy.register.epoch) == ("secondary", 1)
         await promote(alpha)
         assert alpha.state.role == "primary"
+
+    with_a_pair(tmp_path, scenario)
+
+
+def test_a18_a_node_that_stops_itself_keeps_no_other_one_waiting(tmp_path: Path) -> None:
+    """Both were told to stop at the same moment: the one that has drained decides nothing any more."""
+
+    async def scenario(alpha: Core, beta: Core) -> None:
+        await promote(alpha)
+        await AdminSide(alpha).wait_for("synced")
+        beta.quiet = True
+        assert await alpha.peer_link.ask(LeaveAsk(role="primary"), LIMIT_S) == "ok"
+        assert beta.peer_leaves
+        beta.quiet = False
 
     with_a_pair(tmp_path, scenario)
