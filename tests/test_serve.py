@@ -478,11 +478,11 @@ def test_sigterm_ends_it_promptly_with_sessions_open(folder: Path) -> None:
         channel.send(_core.FRAME_HELLO, hello(folder / "a.img"), LIMIT_S)
         assert channel.recv(LIMIT_S)[0] == _core.FRAME_WELCOME
         slow = stack.enter_context(
-            running("resync", "--json", "--rate", "20KiB/s", server.url(folder / "a.img"), folder / "slow.img")
+            running("resync", "--json", "--rate", "4KiB/s", server.url(folder / "a.img"), folder / "slow.img")
         )
         slow.out.wait_for('"progress"')
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(6) == 0
+        assert server.process.wait(LIMIT_S) == 0  # all of it would take longer
         assert slow.process.wait(LIMIT_S) == 1
         assert json.loads(slow.out.rest()[-1])["code"] == 1
     # What the interrupted session began, the next one completes.
