@@ -177,7 +177,7 @@ static void begin_running(mp_mend *mend)
     mp_store64(meta, mend->total);
     if (!mp_link_small(volume->engine, MP_FRAME_MERGED, (uint16_t)volume->index, 0, 0, meta, sizeof meta))
         return;
-    mp_event_post(volume->engine, MP_EVENT_BITS_MERGED, volume->index, mend->merged_bits, "%s", "");
+    mp_event_post(volume->engine, MP_EVENT_BITS_MERGED, volume->index, mend->merged_bits, "%016llx", (unsigned long long)mend->seed);
     mend->state = MEND_RUNNING;
 }
 
@@ -422,7 +422,7 @@ static bool take_frame(mp_mend *mend, const mp_frame *frame, uint8_t **payload)
         mp_journal_clear(&volume->journal, 0, volume->journal.dirty.bits);
         mp_journal_believe(&volume->journal);
         (void)mp_journal_flush(&volume->journal);
-        mp_event_post(volume->engine, MP_EVENT_BITS_MERGED, volume->index, 0, "%s", "");
+        mp_event_post(volume->engine, MP_EVENT_BITS_MERGED, volume->index, 0, "%016llx", (unsigned long long)mend->seed);
         return true;
     case MP_FRAME_RESYNC_DONE:
         if (mend->source || mend->state != MEND_RUNNING || mend->open_units)

@@ -99,8 +99,9 @@ log = logging.getLogger("mirrorpair.node")
 class Link:
     """The data link that the engine has."""
 
-    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int]) -> None:
+    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int], peer_process: str) -> None:
         self.session = session
+        self.peer_process = peer_process
         self.source = source
         self.made = made
         self.open_volumes = open_volumes
@@ -141,6 +142,9 @@ class Core:
         self.peer_beat: Beat | None = None
         self.survivor_flag = False
         """its peer was lost as a connected primary (F18)"""
+        self.full_begun: dict[int, str] = {}
+        """by volume: the process of the peer with which a full compare has begun (R6): what is left of it stands in our
+        bits, and that process still has the image as it was left"""
         self.peer_leaves = False
         """the connected peer has said that it stops"""
         self._peer_boot: str | None = None
@@ -421,6 +425,7 @@ class Core:
         self.volume_equal(link, volume.index)
 
     def volume_equal(self, link: Link, index: int) -> None:
+        self.full_begun.pop(index, None)
         link.open_volumes.discard(index)
         if self.link is link and not link.open_volumes:
             self.all_equal(link)
@@ -448,6 +453,13 @@ class Core:
             volume.failed = text
             self.view.event("disk", volume.failed, volume=volume.name, new="failed")
 
+    def _bits_merged(self, index: int, _b: int, session: str) -> None:
+        link = self.link
+        if link is None or not link.source or link.session != int(session, 16):
+            return
+        if link.made.plan.volumes[index].amount == "full":
+            self.full_begun[index] = link.peer_process
+
     def _clients_gone(self, _a: int, _b: int, _text: str) -> None:
         self._clients_closed.set()
 
@@ -466,7 +478,7 @@ class Core:
         "client": _noted,
         "disk-error": _disk_error,
         "journal-error": _disk_error,
-        "bits-merged": _noted,
+        "bits-merged": _bits_merged,
         "resync-done": _resync_done,
         "flushed": _token_done,
         "saved": _token_done,

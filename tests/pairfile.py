@@ -17,10 +17,11 @@ def write_pair(
     images: Mapping[str, object] | None = None,
     *,
     state_dir: object = "state",
+    resync_rate: str = "auto",
 ) -> Path:
     """`volumes`: sizes by name, by default one of 1 MiB. `images`: other paths than NODE-VOLUME.img, by that stem."""
     volumes = volumes or {"data": "1MiB"}
-    lines = ["[pair]", 'name = "shop"', 'arbiter = "none"']
+    lines = ["[pair]", 'name = "shop"', 'arbiter = "none"', "[resync]", f'rate = "{resync_rate}"']
     for volume, size in volumes.items():
         lines += [f"[volume.{volume}]", f'size = "{size}"']
     for node in ("alpha", "beta"):

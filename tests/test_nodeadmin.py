@@ -25,11 +25,20 @@ if TYPE_CHECKING:
     from mirrorpair.nodecore import Core
 
 
-def with_a_pair(folder: Path, scenario: Callable[[Core, Core], Awaitable[None]]) -> None:
-    """`scenario(alpha, beta)` once both are connected."""
-    path = write_pair(folder)
+def with_a_pair(
+    folder: Path,
+    scenario: Callable[[Core, Core], Awaitable[None]],
+    *,
+    kept: int = 0,
+    resync_rate: str = "auto",
+) -> None:
+    """`scenario(alpha, beta)` once both are connected. `kept`: so many bytes of data that alpha had before."""
+    path = write_pair(folder, {"data": f"{kept or 1 << 20}B"}, resync_rate=resync_rate)
+    if kept:
+        (folder / "alpha-data.img").write_bytes(os.urandom(kept))
     for name in ("alpha", "beta"):
-        done = run_cli("-c", path, "--node", name, "init")
+        more = ["--keep-data"] if kept and name == "alpha" else []
+        done = run_cli("-c", path, "--node", name, "init", *more)
         assert done.returncode == 0, done.stderr
 
     async def run() -> None:
@@ -116,3 +125,25 @@ def test_a18_a_node_that_stops_itself_keeps_no_other_one_waiting(tmp_path: Path)
         beta.quiet = False
 
     with_a_pair(tmp_path, scenario)
+
+
+def test_r6_a_full_compare_that_was_cut_off_goes_on_with_what_is_left(tmp_path: Path) -> None:
+    size = 16 << 20
+
+    async def scenario(alpha: Core, beta: Core) -> None:
+        await promote(alpha)
+        while alpha.engine.volume_status(0).resync_done < size // 8:
+            await alpha.change()
+        assert await alpha.token(alpha.engine.barrier, LIMIT_S) == 0  # what is settled is durable, its bits go
+        left = alpha.engine.volume_status(0).dirty_blocks * 65536
+        assert 0 < left < size
+        session = alpha.engine.link_status().session
+        beta.engine.detach_link()
+        while alpha.engine.link_status().session == session or not alpha.engine.volume_status(0).resync_total:
+            await alpha.change()
+        assert alpha.engine.volume_status(0).resync_total <= left
+        await AdminSide(alpha).wait_for("synced")
+        assert not alpha.full_begun
+
+    with_a_pair(tmp_path, scenario, kept=size, resync_rate="4MiB/s")
+    assert (tmp_path / "alpha-data.img").read_bytes() == (tmp_path / "beta-data.img").read_bytes()
