@@ -167,10 +167,13 @@ def loop_device(root: None, need_tool: Callable[[str], str]) -> Iterator[LoopDev
         options = [*(["--read-only"] if read_only else []), *(["--partscan"] if partitions else [])]
         options += [f"--offset={offset}"] if offset else []
         options += [f"--sizelimit={size}"] if size else []
-        made = subprocess.run(
-            [losetup, "--find", "--show", *options, str(backing)], capture_output=True, text=True, check=False
-        )
-        if made.returncode:
+        for _ in range(20):  # another one may take the device that was found
+            made = subprocess.run(
+                [losetup, "--find", "--show", *options, str(backing)], capture_output=True, text=True, check=False
+            )
+            if not made.returncode:
+                break
+        else:
             pytest.skip(f"no loop device can be had: {made.stderr.strip()}")
         attached.append(made.stdout.strip())
         return attached[-1]

@@ -374,6 +374,9 @@ def test_a_local_start_that_is_interrupted_leaves_nothing(tmp_path: Path, monkey
 
 # --- a real sshd
 
+# One at a time: the folder for its privileges is the host's.
+ONE_SSHD = pytest.mark.xdist_group("sshd")
+
 
 @pytest.fixture
 def sshd(tmp_path: Path, need_tool: Callable[[str], str]) -> Iterator[Path]:
@@ -422,6 +425,7 @@ def _start_sshd(server: str, folder: Path) -> tuple[int, subprocess.Popen[bytes]
     pytest.skip("sshd does not run here")
 
 
+@ONE_SSHD
 def test_a_resync_through_a_real_sshd(tmp_path: Path, sshd: Path, make_image: MakeImage) -> None:
     source = make_image("a.img", 300_000, {0: b"abc", 200_000: b"x" * 10_000})
     path = f"{sshd}{os.pathsep}{os.environ['PATH']}"
@@ -434,6 +438,7 @@ def test_a_resync_through_a_real_sshd(tmp_path: Path, sshd: Path, make_image: Ma
     assert (tmp_path / "c.img").read_bytes() == source.read_bytes()
 
 
+@ONE_SSHD
 def test_a_missing_far_command_through_a_real_sshd(tmp_path: Path, sshd: Path, make_image: MakeImage) -> None:
     path = f"{sshd}{os.pathsep}{os.environ['PATH']}"
     done = run_cli(
