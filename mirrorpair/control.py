@@ -19,8 +19,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Self, TypeVar
 
 import msgspec
 
@@ -33,6 +32,7 @@ from mirrorpair.errors import (
     UnreachableError,
 )
 from mirrorpair.history import Amount  # noqa: TC001 - msgspec reads it at run time
+from mirrorpair.jsontypes import decoder
 from mirrorpair.status import Condition, Event, Status, Volume
 from mirrorpair.text import printable
 from mirrorpair.units import format_seconds
@@ -160,16 +160,6 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _ANSWER = msgspec.json.Decoder(_Answer)
-_RESULTS: dict[object, msgspec.json.Decoder[Any]] = {}
-_MAKING_ONE = threading.Lock()
-
-
-def _decoder(kind: type[_T]) -> msgspec.json.Decoder[_T]:
-    """Made once, by one thread: clients of two threads that met a type first at the same moment crashed in msgspec."""
-    with _MAKING_ONE:
-        if kind not in _RESULTS:
-            _RESULTS[kind] = msgspec.json.Decoder(kind)
-        return _RESULTS[kind]
 
 
 class AdminClient:
@@ -270,7 +260,7 @@ class AdminClient:
             elif isinstance(answer.error, Failure):
                 raise PeerError(answer.error.message, answer.error.code)
             elif isinstance(answer.ok, msgspec.Raw):
-                return self._decode(answer.ok, _decoder(kind).decode)
+                return self._decode(answer.ok, decoder(kind).decode)
             else:
                 raise self._foreign("an answer without a result")
 

@@ -27,6 +27,7 @@ import msgspec
 
 from mirrorpair.arbiter import MAX_EPOCH, Incarnation, Register, Versioned
 from mirrorpair.errors import PeerProtocolError
+from mirrorpair.jsontypes import decoder
 from mirrorpair.liveness import MAX_PROMISE_NS
 from mirrorpair.text import printable
 
@@ -277,7 +278,7 @@ def decode_frame(kind: type[_T], payload: bytes) -> _T:
     try:
         if len(payload) > MAX_FRAME:
             raise ValueError("it is too long")
-        return msgspec.json.decode(payload, type=kind)
+        return decoder(kind).decode(payload)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _not_valid(kind.__name__, payload, error) from None
 

@@ -33,6 +33,7 @@ import msgspec
 
 from mirrorpair._core import digest128
 from mirrorpair.errors import ImageError, RefusedError, UsageError
+from mirrorpair.jsontypes import decoder
 from mirrorpair.linux import ofd_lock
 from mirrorpair.text import printable
 
@@ -171,7 +172,7 @@ def parse(kind: Kind[T], place: int, data: bytes) -> Copy[T]:
     if version != VERSION:
         return bad(f"format {version}, this version knows {VERSION}", "newer", sequence)
     try:
-        value = msgspec.json.decode(text, type=kind.type)
+        value = decoder(kind.type).decode(text)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         return bad(f"its content is not valid: {printable(str(error), 200)}")
     return Copy(place=PLACES[place], state="good", sequence=sequence, value=value)

@@ -604,32 +604,3 @@ def test_an_answer_may_come_in_pieces(tmp_path: Path, rng: random.Random) -> Non
         thread.start()
         assert client.status() == judge(resyncing())
         thread.join(LIMIT_S)
-
-
-# Threads that take turns often, and all of them read a status as the first one of their process.
-TOGETHER = """
-import sys, threading
-from mirrorpair import control
-from mirrorpair.status import Status
-sys.setswitchinterval(1e-6)
-data, start = sys.stdin.buffer.read(), threading.Barrier(8)
-def read():
-    start.wait()
-    control._decoder(Status).decode(data)
-threads = [threading.Thread(target=read) for _ in range(8)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-"""
-
-
-def test_clients_of_several_threads_may_be_the_first_at_once() -> None:
-    """msgspec's own look at a type crashed the process in one of four tries."""
-    for _ in range(15):
-        done = subprocess.run(
-            [sys.executable, "-c", TOGETHER],
-            input=msgspec.json.encode(status()),
-            capture_output=True,
-            timeout=LIMIT_S,
-            check=False,
-        )
-        assert (done.returncode, done.stderr) == (0, b"")
