@@ -98,6 +98,9 @@ static mp_status read_bitmap(mp_journal *j, mp_fault *fault)
     if (j->dirty.bits % 64) /* no block is there to be found by a stray bit */
         atomic_fetch_and_explicit(&j->dirty.words[j->extents - 1], ~0ull >> (64 - j->dirty.bits % 64), memory_order_relaxed);
     memset(memory + 8ull * j->extents, 0, j->pages * MP_JOURNAL_PAGE - 8ull * j->extents);
+    for (uint64_t i = 0; i < j->extents; i++) /* nobody wrote down what they stand for */
+        if (word(j, i))
+            mp_bitmap_set(&j->doubt, i);
     for (uint64_t page = 0; page < j->pages; page++) /* bits that perhaps only a page cache holds are not durable yet */
         if (!mp_is_zero(memory + page * MP_JOURNAL_PAGE, MP_JOURNAL_PAGE))
             mark_changed(j, page * MP_JOURNAL_PAGE_EXTENTS);

@@ -41,7 +41,8 @@
 typedef struct mp_journal {
     mp_bitmap dirty; /* to be read by anybody, changed only by the functions below */
     mp_bitmap doubt; /* by extent: some of its bits stand for a doubt (a crash, a lost link, the peer's word, a full compare),
-                      * not for a write that went only here, so most of it may be equal. In memory only: a hint */
+                      * not for a write that went only here, so most of it may be equal. In memory only, a hint: bits that were
+                      * found at the open are all in doubt */
     bool lost_log;   /* the log could not be believed at open, so all bits were set (M7) */
     int error;       /* errno of the job that failed, for good; 0 */
     int fd;

@@ -20,6 +20,9 @@ The handshake (`H`). The rows in their order, first match wins; `rule` of the de
 - history: it is only in the newer one's history: full compare.
 - split-brain, unrelated: nothing is copied, unless one side says discard: then that one is the target.
 
+A full compare that was cut off goes on (R6): its target, and its source once all bits are durable there, keep the
+compare's number. Two that have the same one differ at most where the source's bits are, whatever row they meet in.
+
 Which rule stands above the rows:
 - H1 A side that is not sound (inconsistent, missed the end of a resync, distrusted) is never a source, in any row, nor
   is a new one over data; if that leaves no source: refuse. A primary is never a target, in any row (its clients would
@@ -30,7 +33,8 @@ Which rule stands above the rows:
   against a side that says discard.
 
 Where the table is silent, this was chosen; each so that no acknowledged write is lost without a person's word:
-- One side distrusted (M1, A8: image replaced or rolled back): never the source, and always a full compare.
+- One side distrusted (M1, A8: image replaced or rolled back): never the source, and always a full compare. A daemon
+  that finds it forgets the number of an earlier one, so that this one is not taken for its continuation.
 - Equal ids, the better disk is source (H1): what counts is inconsistent < outdated < the others. `consistent` (not
   compared yet) and `up-to-date` are told apart only after the crash rows, since a boot that was lost weighs more: with
   equal ids both nodes were sent every acknowledged write, so the node that kept its boot has them all (A4, A7), the
@@ -133,6 +137,8 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     """a person said that this side's data may be overwritten"""
     distrusted: bool = False
     """M1, A8: the image is not the one its metadata speak of; neither its data nor its bits count"""
+    full_id: int = 0
+    """R6: of the full compare whose target this is, or all of whose bits this source keeps durably; 0: none"""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.node) <= MAX_NODE_NAME or not self.node.isprintable():
@@ -141,6 +147,8 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("a size is out of range")
         if not 0 <= self.epoch <= _MAX_NUMBER:
             raise ValueError("the epoch is out of range")
+        if not 0 <= self.full_id <= MAX_ID:
+            raise ValueError("the number of a full compare is not a 64-bit number")
         if self.new != (self.ids.current == NO_ID):
             raise ValueError("a volume is new exactly as long as it has no current id")
 
@@ -192,21 +200,6 @@ def forget_bitmap(ids: Ids) -> Ids:
     """G4: the source's ids after the target's durable "done". Also right after a handshake of equal ids that copied
     nothing: the "done" was lost then."""
     return Ids(ids.current, NO_ID, _older(ids.bitmap, *ids.history))
-
-
-def began_full(source: Ids, resync_id: int) -> tuple[Ids, Ids]:
-    """R6: (source's, target's) ids when a full compare begins, so that an interrupted one goes on with the bits that
-    are left instead of from the start. `resync_id` is a fresh random id.
-
-    In this order: all bits durable at the source, its ids durable, then the target's ids durable together with its flag
-    `inconsistent`, then the first overwrite (R1). Broken off before the last step, the full compare begins anew. The
-    target's past goes with its data: an id of it could contradict the source's.
-    """
-    if _checked(resync_id) in (source.current, source.bitmap, *source.history):
-        raise ValueError("the resync's id is an old one")
-    if source.current == NO_ID:  # two new nodes of which one is not sound: zeros are copied, there is no id to keep
-        raise ValueError("a source without a current id")
-    return Ids(source.current, resync_id, _older(source.bitmap, *source.history)), Ids(resync_id)
 
 
 def decide(mine: Side, peers: Side, *, register_source: str | None = None) -> Decision:
@@ -461,10 +454,15 @@ def _allowed(plan: _Plan) -> Decision:
                 "H2", f"{target.node} would be overwritten ({plan.reason}), but is primary with unreplicated writes"
             )
         return _refuse("H1", f"{target.node} would be overwritten ({plan.reason}), but is primary: demote it first")
+    amount: Amount = "full" if target.distrusted else plan.amount
+    reason = plan.reason
+    if amount == "full" and source.full_id == target.full_id != 0:
+        amount = "bitmap"
+        reason += ", and goes on with what the last compare had left"
     return Decision(
-        amount="full" if target.distrusted else plan.amount,
+        amount=amount,
         rule=plan.rule,
-        reason=plan.reason,
+        reason=reason,
         source=source.node,
         target=target.node,
     )

@@ -27,7 +27,7 @@ import msgspec
 
 from mirrorpair._core import digest128
 from mirrorpair.errors import ImageError, RefusedError
-from mirrorpair.history import DiskState, Ids, Role
+from mirrorpair.history import MAX_ID, DiskState, Ids, Role
 from mirrorpair.identity import Identity  # noqa: TC001 - msgspec looks the annotations up at run time
 from mirrorpair.text import printable
 from mirrorpair.twofold import (
@@ -101,14 +101,16 @@ class Superblock(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int = 0
     boot_id: str = ""
     """the boot in which this was written"""
-    resync_cursor: int = 0
-    """bytes from the start that need no second look when a full compare goes on"""
+    full_id: int = 0
+    """R6: see history.Side"""
     verify_cursor: int = 0
 
     def __post_init__(self) -> None:
         _names(self.pair, self.node, self.volume)
         _uuids(self.pair_uuid, self.volume_uuid, self.boot_id)
-        _numbers(self.size, self.epoch, self.incarnation, self.resync_cursor, self.verify_cursor)
+        _numbers(self.size, self.epoch, self.incarnation, self.verify_cursor)
+        if not 0 <= self.full_id <= MAX_ID:
+            raise ValueError("the number of a full compare is out of range")
         if not 0 < self.block_size <= _MAX_NUMBER or self.extent_blocks != EXTENT_BLOCKS:
             raise ValueError("the block or extent size is out of range")
 

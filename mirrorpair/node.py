@@ -144,9 +144,10 @@ class Node:
             try:
                 await self._core.peer_link.ask(LeaveAsk(role=self._core.state.role), LEAVE_S)
             except MirrorpairError as error:
-                # Both stop at the same moment: it has gone, and needs no word.
-                level = logging.INFO if self._core.peer_leaves else logging.WARNING
-                log.log(level, "%s was not told that this node stops: %s", self._core.peer.name, error)
+                if self._core.peer_leaves:
+                    log.info("%s stops at the same moment, and needs no word", self._core.peer.name)
+                else:
+                    log.warning("%s was not told that this node stops: %s", self._core.peer.name, error)
         self._core.engine.close_clients(graceful=False)
         self._core.engine.detach_link()
         self._core.link = None

@@ -45,6 +45,7 @@ from mirrorpair.peermessages import (
     RelinkAsk,
     SwapAsk,
     SyncedAsk,
+    from_hex,
     to_hex,
 )
 from mirrorpair.peersocket import Backoff
@@ -65,7 +66,7 @@ from mirrorpair.rolewords import (
     Tick,
 )
 from mirrorpair.text import printable
-from mirrorpair.volumes import OpenNode, OpenVolume, finish_source
+from mirrorpair.volumes import OpenNode, OpenVolume, began_full, finish_source
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -99,9 +100,8 @@ log = logging.getLogger("mirrorpair.node")
 class Link:
     """The data link that the engine has."""
 
-    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int], peer_process: str) -> None:
+    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int]) -> None:
         self.session = session
-        self.peer_process = peer_process
         self.source = source
         self.made = made
         self.open_volumes = open_volumes
@@ -142,9 +142,6 @@ class Core:
         self.peer_beat: Beat | None = None
         self.survivor_flag = False
         """its peer was lost as a connected primary (F18)"""
-        self.full_begun: dict[int, str] = {}
-        """by volume: the process of the peer with which a full compare has begun (R6): what is left of it stands in our
-        bits, and that process still has the image as it was left"""
         self.peer_leaves = False
         """the connected peer has said that it stops"""
         self._peer_boot: str | None = None
@@ -425,7 +422,6 @@ class Core:
         self.volume_equal(link, volume.index)
 
     def volume_equal(self, link: Link, index: int) -> None:
-        self.full_begun.pop(index, None)
         link.open_volumes.discard(index)
         if self.link is link and not link.open_volumes:
             self.all_equal(link)
@@ -457,8 +453,20 @@ class Core:
         link = self.link
         if link is None or not link.source or link.session != int(session, 16):
             return
-        if link.made.plan.volumes[index].amount == "full":
-            self.full_begun[index] = link.peer_process
+        if full_id := from_hex(link.made.plan.volumes[index].full):
+            self.spawn(self._keep_full(link, self.open.volumes[index], full_id))
+
+    async def _keep_full(self, link: Link, volume: OpenVolume, full_id: int) -> None:
+        """R6: nobody waits for it. One that is cut off before it is durable begins anew."""
+
+        def write() -> None:
+            if self.link is link and volume.index in link.open_volumes:
+                began_full(volume, full_id)
+
+        try:
+            await self.durable(write)
+        except MirrorpairError as error:
+            log.warning("volume %s: a full compare that is cut off will begin anew: %s", volume.name, error)
 
     def _clients_gone(self, _a: int, _b: int, _text: str) -> None:
         self._clients_closed.set()

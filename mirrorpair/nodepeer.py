@@ -351,6 +351,7 @@ class PeerSide:
                     volume,
                     volume_uuid=one.volume_uuid,
                     first_id=from_hex(one.first),
+                    full_id=from_hex(one.full),
                     target=target and one.amount != "none" and not agreement.flap,
                 )
 
@@ -358,11 +359,9 @@ class PeerSide:
 
     def _attach(self, data: DataConnection, made: Made) -> None:
         source = made.plan.source == self._core.name
-        control = self._core.peer_link.control
-        process = control.hello.process if control is not None and control.hello is not None else ""
-        plans = [self._engine_plan(index, one.amount, source, process) for index, one in enumerate(made.plan.volumes)]
+        plans = [_PLANS[one.amount] for one in made.plan.volumes]
         busy = {index for index, plan in enumerate(plans) if plan != PLAN_NONE}
-        link = Link(data.session, source, made, busy, process)
+        link = Link(data.session, source, made, busy)
         self._core.engine.attach_link(
             data.channel, epoch=self._core.state.epoch, source=source, plans=plans, timeout=LINK_TIMEOUT_S
         )
@@ -378,14 +377,6 @@ class PeerSide:
                     self._core.spawn(self._forget_bitmap(volume))
         if not busy:
             self._core.all_equal(link)
-
-    def _engine_plan(self, index: int, amount: str, source: bool, process: str) -> int:
-        """R6: a full compare that was cut off goes on with the bits that are left, if neither daemon has ended since;
-        otherwise it begins anew, which costs digests only."""
-        if source and amount == "full" and self._core.full_begun.get(index) == process:
-            return PLAN_BITMAP
-        self._core.full_begun.pop(index, None)
-        return _PLANS[amount]
 
     async def _forget_bitmap(self, volume: OpenVolume) -> None:
         """The ids are equal: the "done" of an earlier resync was lost on its way."""

@@ -58,6 +58,7 @@ def side_to_facts(name: str, side: Side, volume_uuid: str) -> VolumeFacts:
         alone=side.alone,
         discard=side.discard,
         distrusted=side.distrusted,
+        full=to_hex(side.full_id),
     )
 
 
@@ -81,6 +82,7 @@ def facts_to_side(facts: VolumeFacts, node: str, session: Facts) -> Side:
             epoch=session.epoch,
             discard=facts.discard,
             distrusted=facts.distrusted,
+            full_id=from_hex(facts.full),
         )
     except ValueError as error:
         raise PeerProtocolError(
@@ -163,6 +165,7 @@ def make_plan(
                 amount=_amount(decision),
                 volume_uuid=volume_uuid or new_uuid(),
                 first=to_hex(new_id()) if ours.new and peers.new else "",
+                full=to_hex(new_id()) if decision.amount == "full" else "",
             )
         )
     return Plan(
@@ -189,7 +192,7 @@ def check_plan(
     for one, decision, ours, peers in zip(plan.volumes, agreement.decisions, mine[1], theirs[1], strict=same):
         same = same and (one.name, one.amount) == (ours.name, decision.amount)
         same = same and _fits(one.volume_uuid, _common(ours.volume_uuid, peers.volume_uuid))
-        same = same and bool(one.first) == (ours.new and peers.new)
+        same = same and bool(one.first) == (ours.new and peers.new) and bool(one.full) == (one.amount == "full")
     return None if same else Stop(code=1, kind="retry", message="the two nodes came to different plans: facts changed")
 
 

@@ -213,16 +213,18 @@ class VolumeFacts(msgspec.Struct, frozen=True, kw_only=True):
     alone: bool
     discard: bool
     distrusted: bool
+    full: _Hex
 
 
 class VolumePlan(msgspec.Struct, frozen=True, kw_only=True):
     """What happens to one volume. `volume_uuid`: both have this one from now on; `first`: the generation id of a volume
-    that is new on both nodes, else empty (M10)."""
+    that is new on both nodes, else empty (M10); `full`: the number of a full compare that begins, else empty (R6)."""
 
     name: _Name
     amount: Amount
     volume_uuid: _Hex
     first: _Hex
+    full: _Hex
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

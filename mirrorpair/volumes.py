@@ -100,7 +100,8 @@ class OpenNode:
         until it is. F15: that a volume is distrusted is durable with this, hence before an epoch or uuid is written
         that would take the evidence away."""
         for volume in self.volumes:
-            volume.meta.update(clean=False, boot_id=self.boot_id, distrusted=volume.distrust is not None)
+            changes: dict[str, Any] = {} if volume.distrust is None else {"full_id": 0}
+            volume.meta.update(clean=False, boot_id=self.boot_id, distrusted=volume.distrust is not None, **changes)
         if settled:
             self.file.update(clean=False, boot_id=self.boot_id, role="secondary")
 
@@ -145,14 +146,21 @@ class OpenNode:
             self.file.update(clean=True, boot_id=self.boot_id)
 
 
-def prepare(volume: OpenVolume, *, volume_uuid: str, first_id: int, target: bool) -> None:
-    """Before a data link begins: M10's ids; R1 for the target of a copy. Blocks."""
+def prepare(volume: OpenVolume, *, volume_uuid: str, first_id: int, full_id: int, target: bool) -> None:
+    """Before a data link begins: M10's ids; R1 for the target of a copy, R6 for that of a full compare. Blocks."""
     changes: dict[str, Any] = {"volume_uuid": volume_uuid}
     if first_id:
         changes["ids"] = first(first_id)
     if target:
         changes["disk"] = "inconsistent"
+        if full_id:
+            changes["full_id"] = full_id
     volume.meta.update(**changes)
+
+
+def began_full(volume: OpenVolume, full_id: int) -> None:
+    """R6, at the source: all bits are durable. Blocks."""
+    volume.meta.update(full_id=full_id)
 
 
 def finish_target(volume: OpenVolume, source: Ids) -> None:
@@ -164,14 +172,15 @@ def finish_target(volume: OpenVolume, source: Ids) -> None:
         discard=False,
         peer_disk="up-to-date",
         distrusted=False,
+        full_id=0,
     )
     volume.distrust = None
 
 
 def finish_source(volume: OpenVolume) -> None:
     """G4: the target has said that it is durable there. Blocks."""
-    if volume.block.ids.bitmap != NO_ID:
-        volume.meta.update(ids=forget_bitmap(volume.block.ids), peer_disk="up-to-date")
+    if volume.block.ids.bitmap != NO_ID or volume.block.full_id:
+        volume.meta.update(ids=forget_bitmap(volume.block.ids), peer_disk="up-to-date", full_id=0)
 
 
 def side_of(
@@ -205,6 +214,7 @@ def side_of(
         epoch=epoch,
         discard=block.discard,
         distrusted=volume.distrust is not None,
+        full_id=block.full_id,
     )
 
 

@@ -4,7 +4,8 @@ forgets, bits, ids, crashes at any point. No I/O and no time.
 What is played as the rules say it: a write is acknowledged when both nodes have it (G1-G3: or alone, after a new
 generation); a barrier makes both durable (W5); a lost link makes the unflushed dirty (W7); an active extent becomes
 dirty after a crash (M3-M5); promotion only of an in-sync node, flushed first (A3, A4, W8); the target of a resync is
-inconsistent before its first overwrite and takes the source's ids at the end (R1, G4).
+inconsistent before its first overwrite and takes the source's ids at the end (R1, G4); a full compare has a number,
+which the target keeps with that, and the source at any moment once its bits are all there (R6).
 
 What is checked (LostWriteError):
 - The source of a resync, and a node that is promoted, has every acknowledged write; unless it was never flushed, and
@@ -25,7 +26,6 @@ from mirrorpair.history import (
     Side,
     adopt,
     began_alone,
-    began_full,
     decide,
     first,
     forget_bitmap,
@@ -47,12 +47,14 @@ class Node:
         self.name = name
         self.data = [0] * BLOCKS
         self.durable = [0] * BLOCKS
-        self.bits: set[int] = set()  # durable
+        self.bits: set[int] = set()
+        self.lost_bits: set[int] = set()  # of those, what is not durable
         self.active: set[int] = set()  # written, not confirmed flushed by both; durable, as extents of the log
         self.ids = Ids()
         self.disk: DiskState = "consistent"
         self.epoch = 0
         self.needs_id = True  # G1
+        self.full_id = 0  # R6
         self.up = True
         self.role: Role = "secondary"
         self.crashed_primary = self.boot_lost = self.survivor = False
@@ -76,6 +78,7 @@ class Node:
             dirty=bool(self.bits),
             alone=self.role == "primary" and in_sync == {self.name} and bool(self.bits),
             epoch=self.epoch,
+            full_id=self.full_id,
         )
 
 
@@ -128,6 +131,7 @@ class Pair:
         if node.needs_id:
             node.ids, node.needs_id = began_alone(node.ids, self.new_number()), False  # G1, G2
         node.bits.add(block)
+        node.lost_bits.discard(block)
         node.data[block] = value
         self.acked[block] = value
 
@@ -165,6 +169,8 @@ class Pair:
                 other.survivor = True
         node.role = "secondary"
         node.survivor = False
+        node.bits -= node.lost_bits
+        node.lost_bits = set()
         if power:
             node.boot_lost = True
             node.data = [self.rng.choice(pair) for pair in zip(node.data, node.durable, strict=True)]
@@ -204,6 +210,15 @@ class Pair:
             self.in_sync = {self.other(node).name}
             node.disk = "outdated"
         node.role, node.up = "secondary", False
+
+    def replace(self) -> None:
+        """A node that nobody needs gets a blank disk and is made new."""
+        node = self.rng.choice(list(self.nodes.values()))
+        other = self.other(node)
+        if self.in_sync == {other.name} and other.ids.current:
+            self.kill(node)
+            blank = self.nodes[node.name] = Node(node.name)
+            blank.up = False
 
     def start(self) -> None:
         for node in self.nodes.values():
@@ -260,20 +275,22 @@ class Pair:
         source, target = self.nodes[found.source], self.other(self.nodes[found.source])
         self.check_kept(source, target, found)
         if found.amount == "full":
+            target.full_id = self.new_number()
+            source.lost_bits |= set(range(BLOCKS)) - source.bits
             source.bits = set(range(BLOCKS))
-            if source.ids.current == 0 or self.rng.random() < 0.3:
-                pass  # the simple way: an interrupted one begins anew
-            elif self.rng.random() < 0.2:
-                source.ids, _ = began_full(source.ids, self.new_number())
-                self.cut()
-                return
-            else:
-                source.ids, target.ids = began_full(source.ids, self.new_number())
         source.bits |= target.bits
         self.in_sync = {source.name}
         target.disk = "inconsistent"
         target.bits, target.active = set(), set()
         self.resync = found
+        if self.rng.random() < 0.5:
+            self.keep_full(source, target)
+
+    def keep_full(self, source: Node, target: Node) -> None:
+        """The source's bits are durable (R2)."""
+        source.lost_bits = set()
+        if self.resync and self.resync.amount == "full":
+            source.full_id = target.full_id
 
     def copy(self) -> None:
         """One block of the resync."""
@@ -281,6 +298,8 @@ class Pair:
             return
         source = self.nodes[self.resync.source]
         target = self.other(source)
+        if self.rng.random() < 0.5:
+            self.keep_full(source, target)
         if source.bits:
             block = self.rng.choice(sorted(source.bits))
             target.data[block] = source.data[block]
@@ -291,10 +310,12 @@ class Pair:
         source.flush()
         target.ids, target.disk = adopt(source.ids), "up-to-date"
         target.crashed_primary = target.boot_lost = target.survivor = False
+        target.full_id = 0
         if self.rng.random() < 0.1:
             self.cut()  # the source does not learn of the end
             return
         self.check_equal(self.resync)
+        source.full_id = 0
         self.resync = None
         self.settle()
 
@@ -350,6 +371,7 @@ EVENTS = [
     (Pair.kill_any, 1),
     (Pair.power_any, 1),
     (Pair.stop, 1),
+    (Pair.replace, 1),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
-from pairplay import LostWriteError, Pair, play
+from pairplay import LostWriteError, Node, Pair, play
 
 from mirrorpair import history
 from mirrorpair.history import (
@@ -22,7 +22,6 @@ from mirrorpair.history import (
     Side,
     adopt,
     began_alone,
-    began_full,
     decide,
     first,
     forget_bitmap,
@@ -484,32 +483,40 @@ def random_sides(rng: random.Random) -> Iterator[tuple[Side, Side]]:
 # --- R6: going on where it stopped
 
 
-@pytest.mark.parametrize("source", [Ids(8), Ids(8, 7, (2,)), Ids(8, 0, (7, 3))])
-def test_r6_an_interrupted_full_compare_goes_on_with_the_bits_that_are_left(source: Ids) -> None:
-    held, taken = began_full(source, 99)
-    assert held.current == source.current
-    broken_off = both({"ids": held}, {"ids": taken, "disk": "inconsistent"})
-    assert outcome(broken_off) == ("bitmap", "alpha")
-    # The source went on alone meanwhile.
-    assert outcome(both({"ids": began_alone(held, 100)}, {"ids": taken, "disk": "inconsistent"})) == ("bitmap", "alpha")
-    assert adopt(held) == forget_bitmap(held)
-    assert 99 in adopt(held).history
-    with pytest.raises(ValueError, match="id"):
-        began_full(held, 99)
+@pytest.mark.parametrize(
+    ("alpha", "beta"),
+    [
+        ({}, NEW),
+        ({"ids": Ids(8, 7, (2,))}, {"ids": Ids(2)}),
+        ({}, {"ids": Ids(99), "discard": True}),
+        ({}, {"distrusted": True}),
+        (NEW, {**NEW, "disk": "inconsistent"}),
+    ],
+    ids=["one-new", "history", "unrelated", "distrusted", "both-new"],
+)
+def test_r6_a_full_compare_that_was_cut_off_goes_on_with_the_bits_that_are_left(
+    alpha: dict[str, Any], beta: dict[str, Any]
+) -> None:
+    cut_off = beta | {"disk": "inconsistent"}
+    assert outcome(both(alpha, cut_off)) == ("full", "alpha")
+    goes_on = both(alpha | {"full_id": 5}, cut_off | {"full_id": 5})
+    assert outcome(goes_on) == ("bitmap", "alpha")
+    assert "goes on with what the last compare had left" in goes_on.reason
+    for one, other in ((0, 5), (5, 0), (4, 5)):  # not all bits were durable at the source, or it is another one
+        assert outcome(both(alpha | {"full_id": one}, cut_off | {"full_id": other})) == ("full", "alpha")
 
 
-def test_r6_two_new_nodes_have_no_id_to_keep() -> None:
-    with pytest.raises(ValueError, match="without a current id"):
-        began_full(Ids(), 99)
-
-
-@pytest.mark.parametrize("target", [Ids(), Ids(2, 0, ()), Ids(5, 2, (4,))])
-def test_r6_broken_off_between_the_two_nodes_it_begins_anew_and_never_turns(target: Ids) -> None:
-    source = Ids(8, 7, (2,))
-    held, _ = began_full(source, 99)
-    before = both({"ids": source}, {"ids": target, "discard": True})
-    after = both({"ids": held}, {"ids": target, "discard": True})
-    assert outcome(before) == outcome(after) == ("full", "alpha")
+def test_r6_its_number_makes_less_to_copy_and_changes_nothing_else() -> None:
+    fewer = 0
+    for one, other in ids_space():
+        plain = decide(one, other)
+        same = [msgspec.structs.replace(each, full_id=MAX_ID) for each in (one, other)]
+        found = decide(*same)
+        assert (found.rule, found.source, found.target) == (plain.rule, plain.source, plain.target)
+        assert found.amount == ("bitmap" if plain.amount == "full" else plain.amount)
+        fewer += found != plain
+        assert decide(same[0], other) == decide(one, same[1]) == plain
+    assert fewer > 100
 
 
 def test_r6_the_direction_cannot_turn_while_the_target_is_inconsistent() -> None:
@@ -551,3 +558,15 @@ def test_the_play_notices_a_weakened_table(
         monkeypatch.setattr(history, "_sound", lambda _: True)
     with pytest.raises(LostWriteError):
         play_many(rng, 2000)
+
+
+def test_the_play_notices_a_full_compare_whose_number_is_kept_before_the_bits(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_early(pair: Pair, source: Node, target: Node) -> None:
+        if pair.resync and pair.resync.amount == "full":
+            source.full_id = target.full_id
+
+    monkeypatch.setattr(Pair, "keep_full", too_early)
+    with pytest.raises(LostWriteError):
+        play_many(rng, 4000)

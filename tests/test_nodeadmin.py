@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import pytest
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
+    from mirrorpair.config import Config
     from mirrorpair.nodecore import Core
 
 
@@ -33,6 +34,20 @@ def with_a_pair(
     resync_rate: str = "auto",
 ) -> None:
     """`scenario(alpha, beta)` once both are connected. `kept`: so many bytes of data that alpha had before."""
+
+    async def run() -> None:
+        async with Runs(read_pair(folder)) as nodes:
+            alpha, beta = await nodes.start("alpha"), await nodes.start("beta")
+            async with asyncio.timeout(LIMIT_S):
+                await AdminSide(alpha).wait_for("connected")
+                await AdminSide(beta).wait_for("connected")
+                await scenario(alpha, beta)
+
+    init_pair(folder, kept, resync_rate)
+    asyncio.run(run())
+
+
+def init_pair(folder: Path, kept: int, resync_rate: str) -> None:
     path = write_pair(folder, {"data": f"{kept or 1 << 20}B"}, resync_rate=resync_rate)
     if kept:
         (folder / "alpha-data.img").write_bytes(os.urandom(kept))
@@ -41,23 +56,35 @@ def with_a_pair(
         done = run_cli("-c", path, "--node", name, "init", *more)
         assert done.returncode == 0, done.stderr
 
-    async def run() -> None:
-        config = read_pair(folder)
-        nodes = [Node(config, name) for name in ("alpha", "beta")]
-        for node in nodes:
-            await node.start()
-        alpha, beta = (node._core for node in nodes)
-        try:
-            async with asyncio.timeout(LIMIT_S):
-                await AdminSide(alpha).wait_for("connected")
-                await AdminSide(beta).wait_for("connected")
-                await scenario(alpha, beta)
-        finally:
-            for node in nodes:
-                await node.stop()
-                await node.close()
 
-    asyncio.run(run())
+class Runs:
+    """The nodes of a pair that run; those that are left are stopped at the end."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._nodes: dict[str, Node] = {}
+
+    async def start(self, name: str) -> Core:
+        node = Node(self._config, name)
+        await node.start()
+        self._nodes[name] = node
+        return node._core
+
+    async def stop(self, name: str) -> None:
+        node = self._nodes.pop(name)
+        await node.stop()
+        await node.close()
+
+    async def crash(self, name: str) -> None:
+        """Nothing is written any more, and nobody is told."""
+        await self._nodes.pop(name).close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for name in list(self._nodes):
+            await self.stop(name)
 
 
 async def promote(core: Core) -> None:
@@ -127,23 +154,70 @@ def test_a18_a_node_that_stops_itself_keeps_no_other_one_waiting(tmp_path: Path)
     with_a_pair(tmp_path, scenario)
 
 
+async def another_link(source: Core, session: int) -> None:
+    while source.engine.link_status().session == session or not source.engine.volume_status(0).resync_total:
+        await source.change()
+
+
+async def an_eighth(source: Core, total: int) -> int:
+    """Waits until so much of the resync is done; the bytes that are left."""
+    while source.engine.volume_status(0).resync_done < total // 8:
+        await source.change()
+    assert await source.token(source.engine.barrier, LIMIT_S) == 0  # what is settled is durable, its bits go
+    left = source.engine.volume_status(0).dirty_blocks * 65536
+    assert 0 < left < total
+    return left
+
+
 def test_r6_a_full_compare_that_was_cut_off_goes_on_with_what_is_left(tmp_path: Path) -> None:
     size = 16 << 20
 
     async def scenario(alpha: Core, beta: Core) -> None:
         await promote(alpha)
-        while alpha.engine.volume_status(0).resync_done < size // 8:
-            await alpha.change()
-        assert await alpha.token(alpha.engine.barrier, LIMIT_S) == 0  # what is settled is durable, its bits go
-        left = alpha.engine.volume_status(0).dirty_blocks * 65536
-        assert 0 < left < size
+        left = await an_eighth(alpha, size)
         session = alpha.engine.link_status().session
         beta.engine.detach_link()
-        while alpha.engine.link_status().session == session or not alpha.engine.volume_status(0).resync_total:
-            await alpha.change()
+        await another_link(alpha, session)
         assert alpha.engine.volume_status(0).resync_total <= left
         await AdminSide(alpha).wait_for("synced")
-        assert not alpha.full_begun
+        assert alpha.open.volumes[0].block.full_id == beta.open.volumes[0].block.full_id == 0
 
     with_a_pair(tmp_path, scenario, kept=size, resync_rate="4MiB/s")
+    assert (tmp_path / "alpha-data.img").read_bytes() == (tmp_path / "beta-data.img").read_bytes()
+
+
+@pytest.mark.parametrize("ends", [("stop", "crash"), ("crash", "stop")])
+def test_r6_it_goes_on_though_the_daemons_were_started_anew(tmp_path: Path, ends: tuple[str, str]) -> None:
+    """And by digests: what the bits of an earlier life stand for is not known."""
+    size = 16 << 20
+
+    async def run() -> None:
+        async with Runs(read_pair(tmp_path)) as nodes:
+            alpha, beta = await nodes.start("alpha"), await nodes.start("beta")
+            await AdminSide(alpha).wait_for("connected")
+            await promote(alpha)
+            left = await an_eighth(alpha, size)
+            while not alpha.open.volumes[0].block.full_id:
+                await alpha.change()
+            session = alpha.engine.link_status().session
+            await (nodes.stop if ends[0] == "stop" else nodes.crash)("beta")
+            beta = await nodes.start("beta")
+            await another_link(alpha, session)
+            assert await an_eighth(alpha, left) < left
+            assert alpha.engine.volume_status(0).resync_total <= left
+            assert "goes on with what the last compare had left" in alpha.decisions["data"].reason
+            left = alpha.engine.volume_status(0).dirty_blocks * 65536
+            await (nodes.stop if ends[1] == "stop" else nodes.crash)("alpha")
+            alpha = await nodes.start("alpha")
+            await AdminSide(alpha).wait_for("primary")
+            await AdminSide(alpha).wait_for("synced")
+            status = alpha.engine.volume_status(0)
+            # A crash leaves bits on the disk that were clear already: these blocks cost their digests.
+            assert (status.resync_sent if ends[1] == "crash" else status.resync_total) <= left
+            assert status.resync_total < size or ends[1] == "crash"
+            assert "goes on with what the last compare had left" in alpha.decisions["data"].reason
+            assert alpha.open.volumes[0].block.full_id == beta.open.volumes[0].block.full_id == 0
+
+    init_pair(tmp_path, size, "4MiB/s")
+    asyncio.run(asyncio.wait_for(run(), LIMIT_S))
     assert (tmp_path / "alpha-data.img").read_bytes() == (tmp_path / "beta-data.img").read_bytes()

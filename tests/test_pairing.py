@@ -185,13 +185,14 @@ def test_m10_two_different_ones_are_refused(uuids: Any) -> None:
         {"amount": "full"},
         {"volume_uuid": "ff"},
         {"first": "5"},
+        {"full": "5"},
         {"name": "logs"},
     ],
     ids=str,
 )
 def test_h4_a_plan_that_differs_in_anything_is_not_followed(change: dict[str, Any]) -> None:
     plan, agreement, alpha, beta = planned(("a1", "a1"), ("b1", "b1"), (Ids(1), Ids(1)))
-    if set(change) <= {"amount", "volume_uuid", "first", "name"}:
+    if set(change) <= {"amount", "volume_uuid", "first", "full", "name"}:
         change = {"volumes": [msgspec.structs.replace(plan.volumes[0], **change)]}
     stop = check_plan(msgspec.structs.replace(plan, **change), agreement, 3, beta, alpha)
     assert stop is not None
@@ -213,7 +214,13 @@ def test_a_side_travels_whole(rng: random.Random) -> None:
             )
         }
         history = tuple(rng.sample(range(10, 2**62), rng.randrange(32)))
-        one = side("alpha", Ids(2**64 - 1, rng.choice([0, 5]), history), distrusted=rng.random() < 0.5, **flags)
+        one = side(
+            "alpha",
+            Ids(2**64 - 1, rng.choice([0, 5]), history),
+            distrusted=rng.random() < 0.5,
+            full_id=rng.choice([0, 2**64 - 1]),
+            **flags,
+        )
         assert facts_to_side(side_to_facts("data", one, "ab"), "alpha", facts()) == one
 
 

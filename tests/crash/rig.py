@@ -110,10 +110,19 @@ class Rig:
 
     def fresh(self) -> None:
         """Forgets what was written: `init` comes next, and zeroes the images."""
-        for name in ("register", "node"):
-            for node in self.pair.nodes:
-                self.state(node, name).unlink(missing_ok=True)
+        for node in self.pair.nodes:
+            self._forget(node)
         self.oracle = Oracle(self.pair.size, self.rng, self.place)
+
+    def blank(self, node: Daemon) -> None:
+        """A blank disk takes the place of this node's; it does not run."""
+        self._forget(node)
+        config = load(str(self.pair.config))
+        make_node(config, config.node(node.name), force=True)
+
+    def _forget(self, node: Daemon) -> None:
+        for name in ("register", "node"):
+            self.state(node, name).unlink(missing_ok=True)
 
     def state(self, node: Daemon, name: str) -> Path:
         return self.pair.folder / node.name / f"shop.{node.name}" / name

@@ -94,8 +94,19 @@ def alone(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
 
 def resync(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
     """R1, R3, R6, G4: broken off at the source (alpha) or the target, while clients write onto it."""
+    rig.kill(rig.pair.beta)
+    _comes_back(rig, victim, shot)
+
+
+def replaced(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
+    """R6: likewise a full compare, whose number and bits are being written."""
+    rig.kill(rig.pair.beta)
+    rig.blank(rig.pair.beta)
+    _comes_back(rig, victim, shot)
+
+
+def _comes_back(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
     beta = rig.pair.beta
-    rig.kill(beta)
     with lost(), rig.clients() as (client, other):
         rig.oracle.write(client, 60)
         arm(rig, shot)
@@ -162,7 +173,7 @@ def stop(rig: Rig, victim: Daemon, shot: Shot | None) -> None:
     rig.kill(victim)
 
 
-PHASES = {one.__name__: one for one in (writing, alone, resync, meeting, roles, restart, stop)}
+PHASES = {one.__name__: one for one in (writing, alone, resync, replaced, meeting, roles, restart, stop)}
 
 # How often each call is made in a phase, about; what is not here is not made.
 _DATA = {"pwritev2": 2, "fallocate": 3}
@@ -180,6 +191,8 @@ CALLS: dict[tuple[str, str], dict[str, int]] = {
     ("alone", "alpha"): {"pwrite": 40, "fdatasync": 10, "sendmsg": 25, "recv": 30, **_DATA, **_RECORD},
     ("resync", "alpha"): {"pwrite": 40, "fdatasync": 8, "sendmsg": 120, "recv": 120, **_DATA, **_RECORD},
     ("resync", "beta"): {"pwrite": 35, "fallocate": 2, "fdatasync": 6, "sendmsg": 20, "recv": 70, **_RECORD},
+    ("replaced", "alpha"): {"pwrite": 40, "fdatasync": 8, "sendmsg": 120, "recv": 120},
+    ("replaced", "beta"): {"pwrite": 35, "fallocate": 2, "fdatasync": 8, "sendmsg": 20, "recv": 70, **_RECORD},
     ("meeting", "alpha"): {"pwrite": 9, "fdatasync": 10, "sendmsg": 6, "recv": 50, **_RECORD},
     ("meeting", "beta"): {"pwrite": 9, "fdatasync": 10, "sendmsg": 6, "recv": 50, **_RECORD},
     ("roles", "alpha"): {"pwrite": 35, "fdatasync": 15, "sendmsg": 30, "recv": 80, "fallocate": 1, **_RECORD},

@@ -234,6 +234,7 @@ def test_both_told_to_stop_at_the_same_moment_stop_cleanly(pair: Pair, model: Mo
     for node in pair.nodes:
         assert node.stop() == 0
     assert "could not take" not in pair.logs()
+    assert "was not told" not in pair.logs()
     pair.same_images()
     for node in pair.nodes:
         node.start()
