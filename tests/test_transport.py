@@ -376,6 +376,7 @@ def test_a_local_start_that_is_interrupted_leaves_nothing(tmp_path: Path, monkey
 
 # One at a time: the folder for its privileges is the host's.
 ONE_SSHD = pytest.mark.xdist_group("sshd")
+SSHD_LOG = "sshd.log"
 
 
 @pytest.fixture
@@ -414,11 +415,12 @@ def _start_sshd(server: str, folder: Path) -> tuple[int, subprocess.Popen[bytes]
         (folder / "config").write_text(
             f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
             f"PidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-            f"PrintMotd no\nLogLevel ERROR\n"
+            f"PrintMotd no\nLogLevel VERBOSE\n"
         )
-        process = subprocess.Popen(
-            [server, "-D", "-e", "-f", str(folder / "config")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with (folder / SSHD_LOG).open("wb") as log:
+            process = subprocess.Popen(
+                [server, "-D", "-e", "-f", str(folder / "config")], stdout=subprocess.DEVNULL, stderr=log
+            )
         while process.poll() is None:
             with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 10):
                 return port, process
@@ -431,10 +433,10 @@ def test_a_resync_through_a_real_sshd(tmp_path: Path, sshd: Path, make_image: Ma
     path = f"{sshd}{os.pathsep}{os.environ['PATH']}"
     remote = f"ssh://loop{tmp_path}/b.img"
     done = run_cli("resync", source, remote, "--remote-command", sshd / "far-mirrorpair", PATH=path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + (tmp_path / SSHD_LOG).read_text()
     assert (tmp_path / "b.img").read_bytes() == source.read_bytes()
     back = run_cli("resync", remote, tmp_path / "c.img", "--remote-command", sshd / "far-mirrorpair", PATH=path)
-    assert back.returncode == 0, back.stderr
+    assert back.returncode == 0, back.stderr + (tmp_path / SSHD_LOG).read_text()
     assert (tmp_path / "c.img").read_bytes() == source.read_bytes()
 
 
