@@ -19,7 +19,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 from typing import TYPE_CHECKING
 
 from mirrorpair import __version__
@@ -46,10 +45,13 @@ from mirrorpair.rolewords import (
     Started,
 )
 from mirrorpair.rolewords import Stop as StopEvent
+from mirrorpair.systemd import notify
 from mirrorpair.unbuilt import refuse_unbuilt
 from mirrorpair.volumes import open_all
 
 if TYPE_CHECKING:
+    import socket
+
     from mirrorpair.config import Config
 
 log = logging.getLogger("mirrorpair.node")
@@ -236,13 +238,3 @@ async def _run(config: Config, name: str) -> int:
         for end in ends:
             end.cancel()
         await node.close()
-
-
-def notify(state: str) -> None:
-    """Tells systemd, if it asked for it (sd_notify)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.connect("\0" + path[1:] if path.startswith("@") else path)
-        sock.send(state.encode())

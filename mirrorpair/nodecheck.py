@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from mirrorpair.arbiter.lone import LoneRegister
+from mirrorpair.arbiter.recordfile import load
 from mirrorpair.errors import MirrorpairError, UsageError
 from mirrorpair.identity import difference, identify
 from mirrorpair.linux import block_device_size
@@ -146,7 +146,7 @@ def _record(node: Node, own: NodeFile | None) -> list[Look]:
     if own is None:
         return []
     try:
-        LoneRegister(node.record_file, own.incarnation_id)
+        load(node.record_file, own.incarnation_id)
     except MirrorpairError as error:
         file = FileCheck(
             what="record",

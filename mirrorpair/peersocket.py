@@ -100,11 +100,12 @@ async def connect(address: Address, preamble: bytes) -> socket.socket:
         raise last or OSError(errno.EADDRNOTAVAIL, f"{address.host} has no address")
 
 
-async def bind(address: Address) -> socket.socket:
+async def bind(address: Address, daemon: str = "daemon of this node") -> socket.socket:
+    """A socket that listens. `daemon`: what may have the address already. RefusedError, UsageError."""
     if isinstance(address, UnixAddress):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            await _bind_unix(sock, address)
+            await _bind_unix(sock, address, daemon)
         except BaseException:
             sock.close()
             raise
@@ -122,16 +123,14 @@ async def bind(address: Address) -> socket.socket:
         except OSError as error:
             sock.close()
             if error.errno == errno.EADDRINUSE:
-                raise RefusedError(
-                    f"cannot listen on {address} for the peer: another program, or another daemon of this node, does"
-                ) from error
+                raise RefusedError(f"cannot listen on {address}: another program, or another {daemon}, does") from error
             raise UsageError(f"cannot listen on {address}: {error.strerror}; is it an address of this host?") from error
     sock.setblocking(False)
     sock.listen(BACKLOG)
     return sock
 
 
-async def _bind_unix(sock: socket.socket, address: UnixAddress) -> None:
+async def _bind_unix(sock: socket.socket, address: UnixAddress, daemon: str) -> None:
     """A socket that nobody listens on any more is a leftover of a dead daemon and is replaced."""
     path = address.path
     loop = asyncio.get_running_loop()
@@ -148,7 +147,7 @@ async def _bind_unix(sock: socket.socket, address: UnixAddress) -> None:
             except OSError as error:
                 raise RefusedError(f"cannot tell whether somebody listens on {address}: {error}") from error
             else:
-                raise RefusedError(f"somebody listens on {address} already: is another daemon of this node running?")
+                raise RefusedError(f"somebody listens on {address} already: is another {daemon} running?")
     try:
         os.fchmod(sock.fileno(), 0o600)  # the file gets it at bind, so there is no moment of another mode
         sock.bind(path)

@@ -21,6 +21,8 @@ from mirrorpair.text import printable
 
 FORMAT = 1
 MAX_RECORD_BYTES = 64 * 1024
+MAX_REGISTER_BYTES = MAX_RECORD_BYTES - 100
+"""its version goes with it"""
 MAX_EPOCH = 2**62
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -72,6 +74,10 @@ class Versioned(msgspec.Struct, frozen=True, kw_only=True):
     register: Register = Register()
 
 
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder(Versioned)
+
+
 class Swap(enum.Enum):
     OK = "ok"
     CONFLICT = "conflict"
@@ -102,16 +108,14 @@ def check_successor(old: Register, new: Register) -> str | None:
         return f"the epoch would fall from {old.epoch} to {new.epoch}"
     if new.primary is not None and new.primary != old.primary and new.epoch == old.epoch:
         return "a new primary needs a new epoch"
+    if len(_ENCODER.encode(new)) > MAX_REGISTER_BYTES:
+        return f"it is longer than {MAX_REGISTER_BYTES} bytes"
     return None
 
 
 def newer(one: Versioned, other: Versioned) -> Versioned:
     """L0: of two copies the one of the higher epoch, then of the higher version; equal ones: `one`."""
     return max(one, other, key=lambda copy: (copy.register.epoch, copy.version))
-
-
-_ENCODER = msgspec.json.Encoder()
-_DECODER = msgspec.json.Decoder(Versioned)
 
 
 def encode(record: Versioned) -> bytes:

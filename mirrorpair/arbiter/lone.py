@@ -10,39 +10,22 @@ Rules:
   different ones with equal numbers, both take the same by a fixed order.
 - One swap at a time and node. A swap of the peer that arrives during one of ours is a conflict, so that two promotions
   at the same moment cannot both succeed.
-- The file is a line each with the digest, the owner and the record; it is written beside, synced, renamed, and its
-  folder synced: always the old one or the new one. One that cannot be read is refused, never made anew (F17).
-- The owner is the node's incarnation id: a file that an earlier node of this name left behind, before `init --force`,
-  says nothing about this one and counts as missing.
+- The file (recordfile.py) is owned by the node's incarnation id: one that an earlier node of this name left behind,
+  before `init --force`, says nothing about this one and counts as missing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 from typing import TYPE_CHECKING
 
-from mirrorpair._core import digest128
-from mirrorpair.arbiter import (
-    MAX_RECORD_BYTES,
-    Register,
-    Swap,
-    Versioned,
-    check_successor,
-    decode,
-    encode,
-    newer,
-)
-from mirrorpair.errors import ImageError, PeerProtocolError, RefusedError
-from mirrorpair.text import printable
+from mirrorpair.arbiter import Register, Swap, Versioned, check_successor, encode, newer
+from mirrorpair.arbiter.recordfile import DamagedRecordError, load, save
+from mirrorpair.errors import RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     AskPeer = Callable[[int, Register], Awaitable[Swap]]
-
-_SEED = 0x4C4F4E45
 
 
 class LoneRegister:
@@ -52,7 +35,11 @@ class LoneRegister:
         """Reads the file; a missing one is the empty record. RefusedError: damaged. ImageError: unreadable."""
         self._path = path
         self._owner = owner
-        self._copy = _load(path, owner)
+        try:
+            self._copy = load(path, owner)
+        except DamagedRecordError as error:
+            remedy = "remove it, and this node learns its peer's, or a person promotes one node"
+            raise RefusedError(f"{error}: {remedy}") from None
         self._swapping = False
         self._skip = 0
         self.ask_peer: AskPeer | None = None
@@ -106,55 +93,5 @@ class LoneRegister:
         return True
 
     def _store(self, record: Versioned) -> None:
-        _save(self._path, self._owner, record)
+        save(self._path, self._owner, record)
         self._copy = record
-
-
-def _load(path: str, owner: str) -> Versioned:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_RECORD_BYTES + 1000)
-    except FileNotFoundError:
-        return Versioned()
-    except OSError as error:
-        raise ImageError(f"cannot read {printable(path)}: {error.strerror}") from error
-    lines = data.split(b"\n")
-    if len(lines) != 4 or lines[3] or _digest(lines[1], lines[2]) != lines[0]:
-        raise RefusedError(
-            f"{printable(path)}, the record of the pair's roles, is damaged: remove it, and this "
-            "node learns its peer's, or a person promotes one node"
-        )
-    if lines[1] != owner.encode():
-        return Versioned()
-    try:
-        return decode(lines[2])
-    except PeerProtocolError as error:
-        raise RefusedError(f"{printable(path)}: {error}") from None
-
-
-def _digest(owner: bytes, record: bytes) -> bytes:
-    return digest128(owner + b"\n" + record + b"\n", _SEED).hex().encode()
-
-
-def _save(path: str, owner: str, record: Versioned) -> None:
-    beside = path + ".new"
-    body = encode(record)
-    data = b"\n".join((_digest(owner.encode(), body), owner.encode(), body, b""))
-    try:
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            if os.write(fd, data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(beside, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise ImageError(f"cannot write {printable(path)}: {error.strerror}") from error

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "init": "Make this node: its images and their metadata.",
     "run": "The daemon of this node, in the foreground.",
+    "witness": "The witness of one or many pairs, on a third host.",
     "status": "This node, its peer and the volumes at one glance.",
     "wait": "Wait until this node is primary, secondary, connected or synced.",
     "promote": "Make this node primary.",

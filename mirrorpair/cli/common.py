@@ -218,15 +218,20 @@ def two_images(command: str, images: tuple[str, ...]) -> tuple[str, str]:
     raise click.UsageError(f"{len(images)} images were given; {command} takes two")
 
 
+def load_config(settings: Settings) -> Config:
+    """The pair's configuration; ConfigError."""
+    from mirrorpair.config import DEFAULT_PATH, load
+
+    return load(settings.config or DEFAULT_PATH)
+
+
 def load_pair(settings: Settings) -> tuple[Config, Node]:
     """The pair's configuration and which of its nodes this is; ConfigError says what is wrong with either.
 
     Without a name given, it is the node with this host's name, or with its first label: a host may call itself
     alpha.example.org, and its node plainly alpha.
     """
-    from mirrorpair.config import DEFAULT_PATH, load
-
-    config = load(settings.config or DEFAULT_PATH)
+    config = load_config(settings)
     name = settings.node
     if name is None:
         name = os.uname().nodename

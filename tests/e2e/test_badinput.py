@@ -267,7 +267,9 @@ def test_ports_and_sockets_that_are_taken(pair: Pair) -> None:
         pair.config.write_text(whole.replace("unix:alpha.nbd", f"tcp:{place}"))
         refuses(alpha, "run", code=12, text=f"{place}: port .* is in use")
         pair.config.write_text(whole.replace("unix:alpha.peer", place))
-        refuses(alpha, "run", code=12, text=f"cannot listen on {place} for the peer: another program")
+        refuses(
+            alpha, "run", code=12, text=f"cannot listen on {place}: another program, or another daemon of this node"
+        )
     pair.config.write_text(whole)
     for suffix in ("ctl", "nbd", "peer"):
         alpha.path(suffix).write_text("kept")
