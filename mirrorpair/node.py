@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from mirrorpair import __version__
 from mirrorpair._core import Engine
 from mirrorpair.admin import AdminServer
+from mirrorpair.arbiter import Register
 from mirrorpair.arbiter.lone import LoneRegister
 from mirrorpair.errors import (
     LocalError,
@@ -35,6 +36,7 @@ from mirrorpair.nbdserver import NbdServer
 from mirrorpair.nodeadmin import AdminSide
 from mirrorpair.nodecore import DRAIN_S, LEAVE_S, Core
 from mirrorpair.nodepeer import PeerSide
+from mirrorpair.noderegister import WitnessSide
 from mirrorpair.nodeview import NodeView
 from mirrorpair.peerlink import PeerLink
 from mirrorpair.peermessages import (
@@ -85,10 +87,14 @@ class Node:
         core = self._core
         core.open = await asyncio.to_thread(open_all, core.config, core.me)
         stack.callback(core.open.close)
-        core.register = LoneRegister(core.me.record_file, core.open.value.incarnation_id)
-        self._check_register()
+        if core.config.arbiter == "none":
+            core.register = LoneRegister(core.me.record_file, core.open.value.incarnation_id)
+            self._check_register()
         core.engine = Engine([volume.engine_entry() for volume in core.open.volumes], resync_rate=core.config.rate)
         stack.callback(core.engine.stop)
+        if core.config.arbiter == "witness":
+            core.witness = WitnessSide(core)
+            stack.push_async_callback(core.witness.close)
         core.view = NodeView(core)
         core.peer_link = PeerLink(
             PeerSide(core),
@@ -123,6 +129,8 @@ class Node:
         stack.callback(loop.remove_reader, core.engine.event_fd)
         core.step(started)
         core.spawn(core.work())
+        if core.witness is not None:
+            core.spawn(core.witness.look())
         stack.push_async_callback(core.end_tasks)
         await core.peer_link.start()
         stack.push_async_callback(core.peer_link.stop)
@@ -181,7 +189,9 @@ class Node:
             raise RefusedError("the record of the pair's roles is that of another pair")
 
     def _started(self) -> Started:
-        file, record = self._core.open.value, self._core.register.copy.register
+        file = self._core.open.value
+        # An arbitrated pair's record is read later, and as often as it takes: nobody waits for the witness.
+        record = self._core.register.copy.register if self._core.witness is None else Register()
         return Started(
             epoch=max(record.epoch, file.epoch),
             primary=record.primary,

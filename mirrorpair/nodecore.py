@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from mirrorpair.config import Config
     from mirrorpair.datalink import Made
     from mirrorpair.history import Decision
+    from mirrorpair.noderegister import WitnessSide
     from mirrorpair.nodeview import NodeView
     from mirrorpair.peerlink import PeerLink
     from mirrorpair.rolewords import Action, Event, RoleName
@@ -114,6 +115,9 @@ class Core:
 
     open: OpenNode
     register: LoneRegister
+    """a lone pair's"""
+    witness: WitnessSide | None = None
+    """an arbitrated pair's way to the register"""
     engine: Engine
     view: NodeView
     peer_link: PeerLink
@@ -133,6 +137,7 @@ class Core:
             me=name,
             peer=self.peer.name,
             survivor=config.survivor,
+            arbitrated=config.arbiter != "none",
             suspect_ns=self.timing.suspect_ns,
             retry_ns=self.timing.interval_ns,
         )
@@ -172,6 +177,11 @@ class Core:
     @property
     def settled(self) -> bool:
         return not (self.state.crashed or self.state.boot_lost)
+
+    @property
+    def record_version(self) -> int:
+        """Of the register, as last seen."""
+        return self.register.copy.version if self.witness is None else self.witness.version
 
     def incarnation(self) -> Incarnation:
         return Incarnation(id=self.open.value.incarnation_id, n=self.open.value.incarnation)
@@ -242,6 +252,8 @@ class Core:
         elif isinstance(action, Drain):
             self.drained.clear()
             self.spawn(self._drain())
+        elif self.witness is not None:
+            self.spawn(self.witness.swap(action))
         else:
             self.spawn(self._swap(action))
 
@@ -279,7 +291,7 @@ class Core:
         """The images first (W8), then the register at the peer, then here; around it the node file (A13, A4)."""
         try:
             async with self._swapping:
-                if action.purpose in ("promote", "readopt") and (error := await self._flush_first()):
+                if action.purpose in ("promote", "readopt") and (error := await self.flush_first()):
                     self.post(Swapped(action, False, error, code=FAILED))
                     return
                 await self.durable(lambda: self.open.raise_epoch_floor(action.epoch))
@@ -304,7 +316,7 @@ class Core:
         objected = self._objected or WrongRoleError(f"{self.peer.name} changed the roles at this moment")
         self.post(Swapped(done, False, str(objected), code=objected.exit_code))
 
-    async def _flush_first(self) -> str:
+    async def flush_first(self) -> str:
         """W8: whole frames of the last link are applied, then all is durable, then the role is taken. Why it cannot be,
         or nothing."""
         error = await self.token(self.engine.barrier, FLUSH_S)

@@ -87,6 +87,7 @@ class PeerSide:
             pair_uuid=self._core.open.value.pair_uuid,
             node=self._core.name,
             mode=self._core.config.mode,
+            arbiter=self._core.config.arbiter,
             survivor=self._core.config.survivor,
             boot_id=self._core.open.boot_id,
             incarnation=self._core.incarnation(),
@@ -94,7 +95,7 @@ class PeerSide:
             session=session,
             role=self._core.state.role,
             epoch=self._core.state.epoch,
-            record=self._core.register.copy,
+            record=self._core.register.copy if self._core.witness is None else None,
             shapes=[Shape(name=v.name, size=v.size, block_size=v.block_size) for v in self._core.open.volumes],
         )
 
@@ -103,6 +104,7 @@ class PeerSide:
         for what, ours, theirs in (
             ("pair", mine.pair, hello.pair),
             ("mode", mine.mode, hello.mode),
+            ("arbiter", mine.arbiter, hello.arbiter),
             ("survivor", mine.survivor, hello.survivor),
         ):
             if ours != theirs:
@@ -121,7 +123,8 @@ class PeerSide:
             self._refuse(Refusal(kind="refused", reason=reason))
 
     def peer_up(self, hello: Hello) -> None:
-        self._core.register.ask_peer = self._core.ask_swap
+        if self._core.witness is None:
+            self._core.register.ask_peer = self._core.ask_swap
         self._core.peer_beat = None
         self._core.peer_leaves = False
         self._core.refusal = None  # of an earlier session: this peer may have been made anew
@@ -131,19 +134,22 @@ class PeerSide:
         self._core.post(lambda: self._meet(hello))
 
     def peer_down(self, reason: str, last_heard_ns: int | None) -> None:
-        self._core.register.ask_peer = None
+        if self._core.witness is None:
+            self._core.register.ask_peer = None
         self._core.peer_beat = None
         if self._core.state.linked and self._core.state.peer_role == "primary" and not self._core.state.peer_left:
             self._core.survivor_flag = True
         self._core.view.event("link", reason)
-        self._core.post(PeerDown(reason, last_heard_ns))
+        self._core.post(PeerDown(reason, last_heard_ns, self._core.peer_link.heart.promises.bound_until_ns))
 
     async def _meet(self, hello: Hello) -> None:
         """L0: the two records become one, before anything follows from who the peer is."""
         control = self._core.peer_link.control
         if control is None or control.hello is not hello:
             return
-        if hello.record is not None:
+        if self._core.witness is not None:
+            self._core.witness.heard(hello.epoch, 0)
+        elif hello.record is not None:
             try:
                 changed = self._core.register.meet(hello.record)
             except MirrorpairError as error:
@@ -171,6 +177,7 @@ class PeerSide:
         return Beat(
             seq=seq,
             epoch=self._core.state.epoch,
+            version=self._core.record_version,
             floor=max(self._core.state.epoch, self._core.open.value.epoch_floor),
             role=self._core.state.role,
             linked=self._core.link is not None,
@@ -185,6 +192,8 @@ class PeerSide:
         before, self._core.peer_beat = self._core.peer_beat, beat
         if before is None or (before.role, before.epoch) != (beat.role, beat.epoch):
             self._core.post(PeerSaid(beat.role, beat.epoch))
+        if self._core.witness is not None:
+            self._core.witness.heard(beat.epoch, beat.version)
         if before is None or (before.disks, before.dirty) != (beat.disks, beat.dirty):
             self._core.changed.set()
         return self._core.state.phase is not Phase.ACQUIRING

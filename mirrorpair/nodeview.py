@@ -48,6 +48,12 @@ class LinkLike(Protocol):
     open_volumes: set[int]
 
 
+class WitnessLike(Protocol):
+    """Its witness, as far as it is shown."""
+
+    reachable: bool
+
+
 class NodeLike(Protocol):
     """The node, as far as it is shown."""
 
@@ -65,6 +71,9 @@ class NodeLike(Protocol):
 
     @property
     def link(self) -> LinkLike | None: ...
+
+    @property
+    def witness(self) -> WitnessLike | None: ...
 
 
 class NodeView:
@@ -138,7 +147,7 @@ class NodeView:
                     address=str(node.peer.address),
                     version=control.hello.version if control is not None and control.hello is not None else None,
                 ),
-                arbiter=Arbiter(kind="none", reachable=True),
+                arbiter=Arbiter(kind=node.config.arbiter, reachable=node.witness is None or node.witness.reachable),
                 volumes=[self._volume(volume) for volume in node.open.volumes],
                 serving=self._serving(),
                 held=self._held(),

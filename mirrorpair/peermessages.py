@@ -80,6 +80,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", tag_field="t
     pair_uuid: _Hex
     node: _Name
     mode: _Short
+    arbiter: _Short
     survivor: _Short
     boot_id: _Short
     incarnation: Incarnation
@@ -112,10 +113,11 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused", tag_fiel
 
 class Beat(msgspec.Struct, frozen=True, kw_only=True, tag="beat", tag_field="t"):
     """Every interval. `floor`: A13. `disks` and `dirty` (bytes that may differ) by volume; `linked`: the data link is
-    attached here."""
+    attached here; `version`: of the register, as last seen here."""
 
     seq: _Seq
     epoch: _Epoch
+    version: _Seq
     floor: _Epoch
     role: RoleName
     linked: bool

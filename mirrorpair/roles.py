@@ -8,12 +8,19 @@ The table `TABLE` has a handler for every phase and every kind of event; what is
     WAITING     --deadline-->  SHRINKING  --swap ok-->  ALONE
                 --deadline, survivor = "secondary"-->  FROZEN: only the peer may go on alone
 
+In an arbitrated pair (`state.arbitrated`: the register is kept by a witness) nobody waits in RETURNING: the register
+says at once whether the role may be taken back, and a SECONDARY whose primary is silent takes it over by itself:
+
+    SECONDARY   --own promise over, the primary of record silent or without its role-->  ACQUIRING
+    SECONDARY   --the register names it-->  ACQUIRING
+
 Rules:
 - A0 After a swap of which nothing is known the safer of both outcomes is assumed, until a later one is ok.
 - A1 No answer without the peer before the swap that takes it out of `in_sync` is ok: WAITING and SHRINKING hold writes.
 - A2 A joining peer is required from before the swap that takes it in, whatever becomes of that.
 - A3 Only a member of `in_sync`, with usable disks, becomes primary; a person may override what would lose data
-  (`accept_data_loss`), never what would serve garbage.
+  (`accept_data_loss`), never what would serve garbage. In an arbitrated pair who is one is read from the register
+  within the swap (swaprules.py), so what a state says of it may be old.
 - A4 Every acquisition raises the epoch, also after a restart. Who lost its boot without a clean stop does not take the
   role back while another member is in the set. Who crashed takes it back without the peer in the set.
 - A11 Nobody takes over while its own promise binds it, unless the peer said that it does not serve, or a person forces.
@@ -31,6 +38,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from mirrorpair.rolewords import (
+    ACQUISITIONS,
     FAILED,
     PRIMARY,
     REFUSED,
@@ -86,12 +94,15 @@ def mode_of(state: State) -> Mode:
 
 def bounded(state: State) -> bool:
     """Whether the grant ends with the peer's promise (A10): only where the peer could take over on silence."""
-    return state.survivor == "secondary" and state.phase in PRIMARY and state.peer_in_sync
+    peer_may = state.arbitrated or state.survivor == "secondary"
+    return peer_may and state.phase in PRIMARY and state.peer_in_sync
 
 
 def consents(state: State, epoch: int, primary: str | None) -> str | None:
     """Why the peer may not change the register to this, or None. While this node is primary, or about to be, nobody
     else changes anything: a set that the peer widens would hide what is answered alone here (A1)."""
+    if state.arbitrated:
+        return "the register of this pair is not kept by its nodes"
     if state.role == "primary":
         return f"{state.me} is primary: `mirrorpair demote` there first"
     if state.phase is Phase.ACQUIRING:
@@ -139,13 +150,12 @@ def _refuse(state: State, message: str, retry_at_ns: int | None = None, *, code:
     return Step(state, (Answer(code, message, retry_at_ns),), f"refused: {message}")
 
 
-def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str) -> Step:
+def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str, *, overrides: bool = False) -> Step:
     """A4: always a new epoch, above everything seen."""
     epoch = max(state.epoch, state.peer_epoch) + 1
     changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote")
-    return Step(
-        changed, (Swap(purpose, epoch, state.me, in_sync, state.peer_up),), f"{state.me} takes epoch {epoch}: {why}"
-    )
+    swap = Swap(purpose, epoch, state.me, in_sync, state.peer_up, overrides)
+    return Step(changed, (swap,), f"{state.me} takes epoch {epoch}: {why}")
 
 
 def _lose_link(state: State, now: int, why: str) -> Step:
@@ -213,6 +223,8 @@ def _started(state: State, event: Event, now: int) -> Step:
         boot_lost=event.boot_lost,
     )
     if event.primary != state.me:
+        if event.obstacle is None:
+            state = _watches(_set(state, bound_until_ns=now + event.wait_ns), now + event.wait_ns)
         return _stay(state, f"{state.me} starts as secondary of epoch {event.epoch}")
     if event.obstacle is not None:
         return _stay(state, f"{state.me} was primary and does not take the role back: {event.obstacle}")
@@ -244,6 +256,54 @@ def _returning_meets(state: State, event: Event, now: int) -> Step:
     if isinstance(event, PeerSaid):
         return _stay(state)
     return _readopt(state, f"it was primary and {state.peer} is secondary")
+
+
+def _take_back(state: State) -> Step:
+    """A4, arbitrated: the register names this node, which does not serve: it was started anew, or a swap of its own
+    landed after all (A0). The swap is the judge if the peer wants the role at the same moment."""
+    if state.peer_up and state.peer_role == "primary":
+        return _yield(state)
+    if state.boot_lost and state.peer in state.in_sync:
+        return _stay(
+            state,
+            f"{state.me} was primary and lost its boot; {state.peer} is in sync and may hold what was lost, so "
+            f"{state.me} does not take the role back by itself",
+        )
+    return _readopt(state, "the register names it")
+
+
+def _take_over(state: State, now: int) -> Step:
+    """A3, A11, arbitrated: the primary of record is silent, or there without its role, and no promise to it binds. One
+    that has begun a new session has thereby ended the one that the promise was for."""
+    if state.stopping or (state.peer_up and state.peer_role == "primary"):
+        return _stay(_set(state, deadline_ns=None))
+    if not state.peer_up and now < state.bound_until_ns:
+        return _stay(_set(state, deadline_ns=state.bound_until_ns))
+    later = _set(state, deadline_ns=now + state.suspect_ns)
+    if state.primary == state.me:
+        done = _take_back(state)
+        return done if done.actions else _stay(later, done.sentence)
+    if state.primary is None:
+        return _stay(_set(state, deadline_ns=None))  # a person has to promote one; or it is not known yet
+    if state.boot_lost:
+        return _stay(later, f"{state.me} lost its boot: it takes nothing over before it has what {state.peer} has")
+    lost = f"{state.peer} is there without the role" if state.peer_up else f"{state.peer} is silent"
+    return _acquire(state, "takeover", (state.me,), lost)
+
+
+def _watches(state: State, at_ns: int) -> State:
+    """Arbitrated: looks at that time whether there is something to take over."""
+    if not state.arbitrated or state.phase is not Phase.SECONDARY:
+        return state
+    return _set(state, deadline_ns=None if state.peer_up and state.peer_role == "primary" else at_ns)
+
+
+def _secondary_tick(state: State, event: Event, now: int) -> Step:
+    if state.deadline_ns is None or now < state.deadline_ns:
+        return _stay(state)
+    if state.arbitrated and not (state.linked and state.equal):
+        return _take_over(state, now)
+    return _expand_again(state, event, now)
 
 
 def _yield(state: State) -> Step:
@@ -284,20 +344,27 @@ def _note_peer(state: State, event: PeerUp | PeerSaid, now: int) -> State:
 def _peer_up(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerUp | PeerSaid)
     return _stay(
-        _note_peer(state, event, now),
+        _watches(_note_peer(state, event, now), now + state.suspect_ns),
         f"{state.peer} is there: {event.role} of epoch {event.epoch}",
     )
 
 
 def _forget_peer(state: State, event: PeerDown) -> State:
-    return _set(state, peer_up=False, peer_role=None, last_heard_ns=event.last_heard_ns)
+    return _set(
+        state,
+        peer_up=False,
+        peer_role=None,
+        last_heard_ns=event.last_heard_ns,
+        bound_until_ns=max(state.bound_until_ns if not state.peer_left else 0, event.bound_until_ns),
+    )
 
 
-def _peer_down(state: State, event: Event, _now: int) -> Step:
+def _peer_down(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerDown)
     was = state.linked
     drop = (DropLink(event.why),) if was else ()
-    return Step(_set(_forget_peer(state, event), linked=False, equal=False), drop, event.why)
+    gone = _set(_forget_peer(state, event), linked=False, equal=False)
+    return Step(_watches(gone, max(now, event.bound_until_ns)), drop, event.why)
 
 
 def _primary_loses_peer(state: State, event: Event, now: int) -> Step:
@@ -388,28 +455,35 @@ def _caught_up(state: State, _event: Event, _now: int) -> Step:
     return _stay(_set(state, crashed=False, boot_lost=False), f"{state.me} has the same data as {state.peer}")
 
 
-def _record_changed(state: State, event: Event, _now: int) -> Step:
+def _record_changed(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, RecordChanged)
+    changed = _set(
+        state,
+        epoch=event.epoch,
+        primary=event.primary,
+        in_sync=event.in_sync,
+        equal=state.equal and event.epoch == state.epoch,
+    )
+    sentence = (
+        f"the record says: {event.primary or 'nobody'} is primary of epoch {event.epoch}, "
+        f"in sync: {', '.join(event.in_sync) or 'nobody'}"
+    )
+    if state.arbitrated:
+        if changed.phase is Phase.SECONDARY and event.primary == state.me:
+            done = _take_back(changed)
+            return done if done.actions else _stay(_watches(done.state, now + state.suspect_ns), done.sentence)
+        at = now + state.suspect_ns if changed.peer_up else max(now, changed.bound_until_ns)
+        return _stay(_watches(changed, at), sentence)
     # The peer's own swap comes here before its next heartbeat does.
     theirs: RoleName | None = "primary" if event.primary == state.peer else "secondary"
-    return _stay(
-        _set(
-            state,
-            epoch=event.epoch,
-            primary=event.primary,
-            in_sync=event.in_sync,
-            peer_role=theirs if state.peer_up else None,
-            equal=state.equal and event.epoch == state.epoch,
-        ),
-        f"the record says: {event.primary or 'nobody'} is primary of epoch {event.epoch}, "
-        f"in sync: {', '.join(event.in_sync) or 'nobody'}",
-    )
+    return _stay(_set(changed, peer_role=theirs if state.peer_up else None), sentence)
 
 
 def _primary_record_changed(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, RecordChanged)
     if event.primary != state.me:
-        return _lost_role(state, event)
+        lost = _lost_role(state, event)
+        return lost._replace(state=_watches(lost.state, max(now + state.suspect_ns, state.bound_until_ns)))
     return _record_changed(state, event, now)
 
 
@@ -447,7 +521,7 @@ def _promote(state: State, event: Event, now: int) -> Step:
                 f"{me} lost its boot, and {peer} may hold acknowledged writes that were lost with it: promote {peer}, "
                 f"or wait until {me} has them (--accept-data-loss gives them up)",
             )
-        if unknown:
+        if unknown and not state.arbitrated:  # there the register says who has everything
             return _refuse(
                 state,
                 f"{peer} is silent and may be serving: what it acknowledged alone would be lost "
@@ -462,7 +536,8 @@ def _promote(state: State, event: Event, now: int) -> Step:
         )
     keeps = state.peer_up and state.peer_in_sync and member and not state.crashed and not state.boot_lost
     in_sync = tuple(sorted((me, peer))) if keeps else (me,)
-    return _acquire(state, "promote", in_sync, f"a person promotes it{given_up(state)}")
+    why = f"a person promotes it{given_up(state)}"
+    return _acquire(state, "promote", in_sync, why, overrides=event.accept_data_loss)
 
 
 def _member(state: State) -> bool:
@@ -476,7 +551,8 @@ def _unknown(state: State) -> bool:
 
 def given_up(state: State) -> str:
     """What a promotion of this node would lose, as the end of a sentence."""
-    lacks = not _member(state) or _unknown(state) or (state.boot_lost and state.peer_in_sync)
+    unknown = _unknown(state) and not state.arbitrated
+    lacks = not _member(state) or unknown or (state.boot_lost and state.peer_in_sync)
     return f"; what only {state.peer} has is given up" if lacks else ""
 
 
@@ -503,16 +579,17 @@ def _busy(state: State, _event: Event, _now: int) -> Step:
 
 def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Swapped)
-    if event.swap.purpose not in ("promote", "readopt"):
+    if event.swap.purpose not in ACQUISITIONS:
         return _swapped(state, event, now)  # of one that was asked for before
     answered = state.answering
     state = _set(state, answering=False)
     if not event.ok:
-        back = Phase.RETURNING if event.swap.purpose == "readopt" else Phase.SECONDARY
+        back = Phase.RETURNING if event.swap.purpose == "readopt" and not state.arbitrated else Phase.SECONDARY
         deadline = now + state.retry_ns if back is Phase.RETURNING else None
         message = f"{state.me} did not become primary: {event.why}"
         actions = (Answer(event.code, message),) if answered else ()
-        return Step(_set(state, phase=back, deadline_ns=deadline), actions, message)
+        again = _watches(_set(state, phase=back, deadline_ns=deadline), now + state.suspect_ns)
+        return Step(again, actions, message)
     state = _set(state, crashed=False, boot_lost=False, alone_began=False)
     message = f"{state.me} is primary of epoch {state.epoch}"
     answer: tuple[Action, ...] = (Answer(0, message),) if answered else ()
@@ -530,6 +607,12 @@ def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
         return _swapped(state, event, now)
     if not event.ok:
         waiting = _set(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
+        if state.linked and state.arbitrated and event.unknown:
+            # A0: it may still land. The peer is required, and the swap that takes it in again decides.
+            state = _set(state, in_sync=(state.me,), expanding="unknown")
+            again = _expand(_paired(state, "").state)
+            sentence = f"{state.peer} is linked, and may or may not be in the set ({event.why})"
+            return Step(again.state, again.actions, sentence)
         if state.linked:
             return _paired(state, f"{state.peer} stays in the set ({event.why}) and is linked")
         return Step(waiting, (), f"{state.peer} could not be taken out of the set: {event.why}; again soon")
@@ -649,7 +732,8 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(only(Phase.WAITING), Tick, _waited)
     put(only(Phase.RETURNING), Tick, _returning_waited)
     put(every, Synced, _synced)
-    put(only(Phase.SECONDARY, Phase.PAIRED), Tick, _expand_again)
+    put(only(Phase.SECONDARY), Tick, _secondary_tick)
+    put(only(Phase.PAIRED), Tick, _expand_again)
     put(every, CaughtUp, _caught_up)
     put(only(Phase.SECONDARY, Phase.ACQUIRING), RecordChanged, _record_changed)
     put(only(Phase.RETURNING), RecordChanged, _returning_record_changed)

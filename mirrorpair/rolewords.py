@@ -14,7 +14,8 @@ import msgspec
 
 RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
-Purpose = Literal["promote", "readopt", "shrink", "expand", "release"]
+Purpose = Literal["promote", "readopt", "takeover", "shrink", "expand", "release"]
+ACQUISITIONS: frozenset[Purpose] = frozenset({"promote", "readopt", "takeover"})
 
 FAILED = 1
 REFUSED = 12
@@ -51,6 +52,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     me: str
     peer: str
     survivor: Survivor
+    arbitrated: bool = False
+    """the register is kept by a third party: who is silent may be replaced"""
     suspect_ns: int
     retry_ns: int
     phase: Phase = Phase.SECONDARY
@@ -66,6 +69,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """a data link is attached"""
     last_heard_ns: int | None = None
     deadline_ns: int | None = None
+    bound_until_ns: int = 0
+    """arbitrated: until then this node has promised not to take over (A11); as the peer was lost, or at the start"""
     crashed: bool = False
     """ended as primary without a clean stop, and neither primary nor in sync since"""
     boot_lost: bool = False
@@ -98,20 +103,23 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 class Swap(msgspec.Struct, frozen=True):
     """Change the register; its outcome is an event Swapped. They are carried out in the order in which they were asked
     for. `in_sync` None: as the register has it then, which an earlier swap may still change; the event says what it
-    was. `needs_peer`: it was decided because of what the peer said, so it fails when the peer is gone by then."""
+    was. `needs_peer`: it was decided because of what the peer said, so it fails when the peer is gone by then.
+    `overrides`: a person said that what the register keeps this node from may be lost (A3)."""
 
     purpose: Purpose
     epoch: int
     primary: str | None
     in_sync: tuple[str, ...] | None
     needs_peer: bool = False
+    overrides: bool = False
 
 
 # --- events
 
 
 class Started(msgspec.Struct, frozen=True):
-    """First of all. `was_primary`: the node file's role; `wait_ns`: a promise's full time (A11)."""
+    """First of all. `was_primary`: the node file's role; `wait_ns`: a promise's full time (A11). In an arbitrated pair
+    the register is not known yet: `primary` None and `in_sync` empty, a RecordChanged tells them."""
 
     epoch: int
     primary: str | None
@@ -137,10 +145,11 @@ class PeerSaid(msgspec.Struct, frozen=True):
 
 
 class PeerDown(msgspec.Struct, frozen=True):
-    """The control connection is lost, or silent for too long."""
+    """The control connection is lost, or silent for too long. `bound_until_ns`: our own promise to it (A11)."""
 
     why: str
     last_heard_ns: int | None = None
+    bound_until_ns: int = 0
 
 
 class PeerLeft(msgspec.Struct, frozen=True):

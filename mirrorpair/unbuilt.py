@@ -21,7 +21,7 @@ def unbuilt(config: Config, name: str) -> list[tuple[str, str]]:
     node = f"node.{name}"
     asked = (
         (config.mode != "sync", "pair.mode", '"sync"'),
-        (config.arbiter != "none", "pair.arbiter", '"none": roles by hand, see `mirrorpair promote --help`'),
+        (config.arbiter == "etcd", "pair.arbiter", '"witness", or "none": roles by hand'),
         (config.failback != "manual", "pair.failback", '"manual"'),
         (config.reads != "validity", "pair.reads", '"validity"'),
         (bool(me.heartbeat_addresses), f"{node}.heartbeat-address", "to leave it out"),

@@ -22,7 +22,7 @@ PURE_ROWS = [
     ["errors"],
     ["text", "units"],
     ["endpoint", "handshake", "history", "liveness", "messages", "report", "rolewords", "tomltable"],
-    ["roles", "status"],
+    ["roles", "status", "swaprules"],
     ["foresee"],
 ]
 ROWS = [
@@ -35,7 +35,7 @@ ROWS = [
     ["nodecheck", "peermessages", "peersocket", "remote", "unbuilt", "unwritten", "volumes"],
     ["allow", "nbdclient", "newnode", "pairing", "peercontrol", "peerdata", "sides", "witness"],
     ["datalink", "offline", "peerlink", "serve"],
-    ["listener", "nodeview"],
+    ["listener", "noderegister", "nodeview"],
     ["nodecore"],
     ["nodepeer"],
     ["nbdserver", "nodeadmin"],

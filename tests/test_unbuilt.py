@@ -19,7 +19,7 @@ ALPHA = "[node.alpha]\n"
 
 ASKED = {
     "pair.mode": (PAIR, PAIR + 'mode = "async"\n'),
-    "pair.arbiter": ('arbiter = "none"', 'arbiter = "witness"'),
+    "pair.arbiter": ('arbiter = "none"', 'arbiter = "etcd"'),
     "pair.failback": (PAIR, PAIR + 'prefer = "alpha"\nfailback = "auto"\n'),
     "pair.reads": (PAIR, PAIR + 'reads = "confirm"\n'),
     "node.alpha.heartbeat-address": (ALPHA, ALPHA + 'heartbeat-address = ["127.0.0.1:7999"]\n'),
@@ -44,7 +44,7 @@ def test_a_daemon_does_not_start_as_if_it_did_what_it_cannot(tmp_path: Path, key
     assert old in text
     text = text.replace(old, new, 1)
     if key == "pair.arbiter":
-        text += '[witness]\naddress = "unix:w.sock"\nstate-dir = "w"\n'
+        text += '[etcd]\nendpoints = ["http://127.0.0.1:2379"]\n'
     path.write_text(text, encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError) as caught:

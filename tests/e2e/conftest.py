@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from model import Model
 from pair import Pair
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -33,3 +35,8 @@ def make_pair(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
 @pytest.fixture
 def pair(make_pair: Callable[..., Pair]) -> Pair:
     return make_pair()
+
+
+@pytest.fixture
+def model(pair: Pair, rng: random.Random) -> Model:
+    return Model(pair.size, rng)

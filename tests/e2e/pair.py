@@ -16,6 +16,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from witnessside import Witness
+
 from mirrorpair.control import AdminClient
 from mirrorpair.nbdclient import connect
 
@@ -32,8 +34,7 @@ MIB = 1 << 20
 CONFIG = """
 [pair]
 name = "shop"
-arbiter = "none"
-survivor = "{survivor}"
+{arbiter}
 
 [heartbeat]
 interval = "{interval}"
@@ -189,11 +190,15 @@ class Pair:
         interval: str = "100ms",
         promise: str = "1s",
         suspect_after: int = 5,
+        arbiter: str = "none",
     ) -> None:
+        """`arbiter` "witness": `self.witness` is one, which `up` starts."""
         self.folder = folder
         self.size = size
         self.volumes = volumes
         self.config = folder / "pair.toml"
+        self.witness = Witness(folder)
+        self._arbitrated = arbiter == "witness"
         self.alpha = Daemon(self, "alpha")
         self.beta = Daemon(self, "beta")
         nodes = "".join(
@@ -202,7 +207,9 @@ class Pair:
         )
         self.config.write_text(
             CONFIG.format(
-                survivor=survivor,
+                arbiter=f'arbiter = "none"\nsurvivor = "{survivor}"'
+                if arbiter == "none"
+                else f'arbiter = "witness"\n[witness]\naddress = "{self.witness.address}"\nstate-dir = "records"',
                 interval=interval,
                 promise=promise,
                 suspect_after=suspect_after,
@@ -217,6 +224,8 @@ class Pair:
 
     def up(self) -> None:
         """Both made, both running, mirroring, alpha primary."""
+        if self._arbitrated:
+            self.witness.start()
         for node in self.nodes:
             node.init()
             node.start()
@@ -236,9 +245,11 @@ class Pair:
             assert not different, f"{volume}: {len(different)} pieces differ, first at {different[0]}\n{self.logs()}"
 
     def logs(self) -> str:
-        return self.alpha.log() + self.beta.log()
+        witness = self.witness.log.read_text() if self.witness.log.exists() else ""
+        return self.alpha.log() + self.beta.log() + witness
 
     def end(self) -> None:
+        self.witness.close()
         for node in self.nodes:
             if node.process is not None:
                 node.kill()

@@ -1,0 +1,238 @@
+"""`arbiter = "witness"`: how a node changes the register that a witness keeps, and when it looks at it.
+
+Rules:
+- A0 After an attempt of which nothing is known the next one follows, on the version then read, until one is ok or the
+  record says that it must not be. What is reported before that is "unknown".
+- A13 The node file's epoch floor is durable before an acquisition is sent; the role and the epoch are before it counts.
+- W8 The images are flushed before the role is taken.
+- It looks once at the start, each second while its node answers writes alone (A1), when the peer has seen a newer
+  record, and now and then to know that the witness is there. What it finds becomes an event only if it is new.
+- F17 A record that is older than one that this node has seen is not believed: the roles stay as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import secrets
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from mirrorpair.arbiter import Incarnation, Register, Swap, Versioned, Writer
+from mirrorpair.errors import MirrorpairError, PeerTimeoutError, RefusedError, UnreachableError, WrongRoleError
+from mirrorpair.rolewords import ACQUISITIONS, FAILED, WRONG_ROLE, Phase, RecordChanged, Swapped
+from mirrorpair.swaprules import Read, objection
+from mirrorpair.witness.client import StaleRecordError, WitnessRegister
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from mirrorpair.config import Config
+    from mirrorpair.config import Node as NodeConfig
+    from mirrorpair.peerlink import PeerLink
+    from mirrorpair.rolewords import Event, RoleName, State
+    from mirrorpair.rolewords import Swap as SwapAction
+    from mirrorpair.volumes import OpenNode
+
+ATTEMPTS = 5
+PAUSE_S = (0.01, 0.1)
+ALONE_S = 1.0
+IDLE_S = 10.0
+
+log = logging.getLogger("mirrorpair.node")
+
+
+class CoreLike(Protocol):
+    """The node, as far as it is needed here."""
+
+    config: Config
+    name: str
+    peer: NodeConfig
+    open: OpenNode
+    state: State
+    peer_link: PeerLink
+
+    def post(self, event: Event | Callable[[], Awaitable[None]]) -> None: ...
+
+    def incarnation(self) -> Incarnation: ...
+
+    async def durable(self, write: Callable[[], object]) -> None: ...
+
+    async def flush_first(self) -> str: ...
+
+    @property
+    def settled(self) -> bool: ...
+
+
+class WitnessSide:
+    """The node's dealings with its witness. `look` runs until it is cancelled; `swap` reports by an event Swapped."""
+
+    def __init__(self, core: CoreLike) -> None:
+        table = core.config.witness
+        assert table is not None
+        self._core = core
+        file = core.open.value
+        self._register = WitnessRegister(
+            table.address, core.config.name, seen=(file.register_epoch, file.register_version)
+        )
+        self.reachable = False
+        """at the last request"""
+        self.version = 0
+        """of the record that the state is made of; 0: none was read yet"""
+        self._wanted = asyncio.Event()
+        self._one = asyncio.Lock()
+
+    async def close(self) -> None:
+        await self._register.close()
+
+    # --- looking
+
+    def look_now(self) -> None:
+        """Something says that the record has changed."""
+        self._wanted.set()
+
+    def heard(self, epoch: int, version: int) -> None:
+        """What the peer has seen."""
+        if epoch > self._core.state.epoch or (epoch == self._core.state.epoch and version > self.version):
+            self.look_now()
+
+    async def look(self) -> None:
+        while True:
+            self._wanted.clear()
+            async with self._one:
+                with contextlib.suppress(MirrorpairError):
+                    await self._take(await self._read())
+            alone = self._core.state.phase is Phase.ALONE
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ALONE_S if alone or not self.version else IDLE_S):
+                    await self._wanted.wait()
+
+    async def _read(self) -> Versioned:
+        was = self.reachable
+        try:
+            record = await self._register.read()
+        except StaleRecordError as error:
+            self._say(True, was, str(error))
+            raise
+        except MirrorpairError as error:
+            self._say(False, was, str(error))
+            raise
+        mine, pair = self._core.open.value.pair_uuid, record.register.pair_uuid
+        if mine and pair and mine != pair:
+            why = f"the witness keeps the record of another pair under the name {self._core.config.name}"
+            self._say(True, was, why)
+            raise RefusedError(why)
+        self._say(True, was, "")
+        return record
+
+    def _say(self, reachable: bool, was: bool, why: str) -> None:
+        self.reachable = reachable and not why
+        if self.reachable != was:
+            log.log(
+                logging.INFO if self.reachable else logging.WARNING,
+                "%s",
+                why or "the witness answers",
+            )
+
+    async def _take(self, record: Versioned) -> None:
+        """Makes what was read this node's knowledge, durably, then an event."""
+        if record.version == self.version:
+            return
+        register = record.register
+        mine = register.primary == self._core.name and self._core.state.role == "primary"
+        await self._learned(record, "primary" if mine else "secondary", settled=self._core.settled)
+        self._core.post(RecordChanged(register.epoch, register.primary, register.in_sync))
+
+    async def _learned(self, record: Versioned, role: RoleName, *, settled: bool) -> None:
+        epoch, version = record.register.epoch, record.version
+        await self._core.durable(
+            lambda: self._core.open.learned(epoch=epoch, version=version, role=role, settled=settled)
+        )
+        self.version = version
+
+    # --- changing
+
+    async def swap(self, action: SwapAction) -> None:
+        async with self._one:
+            try:
+                event = await self._swap(action)
+            except MirrorpairError as error:
+                event = Swapped(action, False, str(error), code=error.exit_code)
+        self._core.post(event)
+
+    async def _swap(self, action: SwapAction) -> Swapped:
+        if action.purpose in ACQUISITIONS:
+            if (obstacle := self._core.open.obstacle()) is not None:
+                return Swapped(action, False, obstacle, code=FAILED)
+            if error := await self._core.flush_first():
+                return Swapped(action, False, error, code=FAILED)
+        await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
+        nonces: set[int] = set()
+        unknown = False
+        why: MirrorpairError = UnreachableError("the witness was not asked")
+        for _ in range(ATTEMPTS):
+            if action.needs_peer and action.purpose == "expand" and not self._core.peer_link.connected:
+                return Swapped(action, False, f"{self._core.peer.name} is not connected any more", unknown=unknown)
+            try:
+                record = await self._read()
+                read = self._as_read(record, nonces)
+                if (reason := objection(action, self._core.name, read)) is not None:
+                    await self._take(record)
+                    return Swapped(action, False, reason, code=WRONG_ROLE)
+                new = self._successor(action, record.register)
+                assert new.writer is not None
+                nonces.add(new.writer.nonce)
+                result = await self._register.cas(record.version, new)
+            except MirrorpairError as error:
+                why = error
+                if isinstance(error, RefusedError):
+                    break
+            else:
+                if result is Swap.OK:
+                    return await self._done(action, Versioned(version=record.version + 1, register=new))
+                unknown = unknown or result is Swap.UNKNOWN
+                why = (
+                    PeerTimeoutError("the witness did not answer")
+                    if result is Swap.UNKNOWN
+                    else WrongRoleError("somebody else changes the register at this moment")
+                )
+            await asyncio.sleep(random.uniform(*PAUSE_S))
+        return Swapped(action, False, str(why), unknown=unknown, code=why.exit_code)
+
+    async def _done(self, action: SwapAction, record: Versioned) -> Swapped:
+        acquired = action.purpose in ACQUISITIONS
+        role: RoleName = "primary" if record.register.primary == self._core.name else "secondary"
+        await self._learned(record, role, settled=acquired or self._core.settled)
+        return Swapped(msgspec.structs.replace(action, in_sync=record.register.in_sync), True)
+
+    def _as_read(self, record: Versioned, nonces: set[int]) -> Read:
+        register = record.register
+        member = register.members.get(self._core.name)
+        writer = register.writer
+        return Read(
+            epoch=register.epoch,
+            primary=register.primary,
+            in_sync=register.in_sync,
+            pause=register.pause,
+            known=member is None or member == self._core.incarnation(),
+            own=writer is not None and writer.node == self._core.name and writer.nonce in nonces,
+        )
+
+    def _successor(self, action: SwapAction, old: Register) -> Register:
+        members = {**old.members, self._core.name: self._core.incarnation()}
+        control = self._core.peer_link.control
+        if action.purpose == "expand" and control is not None and control.hello is not None:
+            members[self._core.peer.name] = control.hello.incarnation
+        return msgspec.structs.replace(
+            old,
+            pair_uuid=self._core.open.value.pair_uuid or old.pair_uuid,
+            epoch=action.epoch,
+            primary=action.primary,
+            in_sync=old.in_sync if action.in_sync is None else action.in_sync,
+            members=members,
+            mode=self._core.config.mode,
+            writer=Writer(node=self._core.name, nonce=secrets.randbits(48)),
+        )

@@ -1,0 +1,57 @@
+"""Arbitrated pair: whether a swap still follows from the record that was read for it. Pure.
+
+Rules:
+- A3, A8 A node acquires the role only as a member of the in-sync set of the record read, by the incarnation that is
+  written there; a person may override that. A node that was made anew is none, whatever its name is.
+- A4 The epoch of an acquisition is above the record's. Otherwise somebody acquired it since this was decided.
+- A1 The set changes only at the epoch and under the primary for which that was decided.
+- A0 A record that an earlier attempt of the same swap has written is no reason against the next one, which must follow:
+  only its success says that none of them is still on its way.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from mirrorpair.rolewords import ACQUISITIONS
+
+if TYPE_CHECKING:
+    from mirrorpair.rolewords import Swap
+
+
+class Read(NamedTuple):
+    """What was read. `known`: this node's incarnation is the one that the record has for it, or it has none; `own`: an
+    earlier attempt of this swap wrote it."""
+
+    epoch: int
+    primary: str | None
+    in_sync: tuple[str, ...]
+    pause: bool = False
+    known: bool = True
+    own: bool = False
+
+
+def objection(swap: Swap, me: str, read: Read) -> str | None:
+    """Why the swap must not be made, one sentence, or None."""
+    if read.own:
+        return None
+    if swap.purpose not in ACQUISITIONS:
+        wanted = me if swap.purpose in ("shrink", "release") else swap.primary
+        if (read.epoch, read.primary) != (swap.epoch, wanted):
+            return f"the register says that {read.primary or 'nobody'} is primary of epoch {read.epoch}"
+        return None
+    if read.epoch >= swap.epoch:
+        return f"the register is at epoch {read.epoch} already, of which {read.primary or 'nobody'} is primary"
+    if swap.purpose == "readopt" and read.primary != me:
+        return f"the register says that {read.primary or 'nobody'} is primary"
+    if swap.purpose == "takeover" and read.primary in (None, me):
+        return f"the register says that {read.primary or 'nobody'} is primary, from whom there is nothing to take over"
+    if swap.purpose == "takeover" and read.pause:
+        return "the pair is paused"
+    if swap.overrides:
+        return None
+    if read.in_sync and me not in read.in_sync:
+        return f"{me} is not in sync: the register says that only {' and '.join(read.in_sync)} has everything"
+    if read.in_sync and not read.known:
+        return f"the register knows {me} as another one than this: it was made anew, or its state replaced"
+    return None
