@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 from typing import TYPE_CHECKING
 
 from mirrorpair import __version__
@@ -47,7 +46,7 @@ from mirrorpair.rolewords import (
     Started,
 )
 from mirrorpair.rolewords import Stop as StopEvent
-from mirrorpair.systemd import notify
+from mirrorpair.service import Termination, notify
 from mirrorpair.unbuilt import refuse_unbuilt
 from mirrorpair.volumes import open_all
 
@@ -230,21 +229,19 @@ def run(config: Config, name: str) -> int:
 
 async def _run(config: Config, name: str) -> int:
     loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
-    node = Node(config, name)
-    await node.start()
-    ends = [loop.create_task(asked.wait()), loop.create_task(node.failed.wait())]
-    try:
-        notify("READY=1")
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        notify("STOPPING=1")
-        if node.failed.is_set():
-            return 1
-        await node.stop()
-        return 0
-    finally:
-        for end in ends:
-            end.cancel()
-        await node.close()
+    with Termination() as termination:
+        node = Node(config, name)
+        await node.start()
+        ends = [loop.create_task(termination.asked.wait()), loop.create_task(node.failed.wait())]
+        try:
+            notify("READY=1")
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            notify("STOPPING=1")
+            if node.failed.is_set():
+                return 1
+            await node.stop()
+            return 0
+        finally:
+            for end in ends:
+                end.cancel()
+            await node.close()

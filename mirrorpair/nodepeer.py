@@ -49,6 +49,7 @@ from mirrorpair.rolewords import (
     LinkLost,
     LinkUp,
     PeerDown,
+    PeerFloor,
     PeerLeft,
     PeerSaid,
     PeerUp,
@@ -194,9 +195,19 @@ class PeerSide:
             self._core.post(PeerSaid(beat.role, beat.epoch))
         if self._core.witness is not None:
             self._core.witness.heard(beat.epoch, beat.version)
+            if beat.floor > self._core.state.epoch and self._core.state.role == "primary":
+                self._core.post(PeerFloor(beat.floor))
         if before is None or (before.disks, before.dirty) != (beat.disks, beat.dirty):
             self._core.changed.set()
-        return self._core.state.phase is not Phase.ACQUIRING
+        return self._promises(beat)
+
+    def _promises(self, beat: Beat) -> bool:
+        """A13: only to a primary that nobody has overtaken, and to none that this node has tried to overtake: what it
+        asked for may still land."""
+        core = self._core
+        if core.state.role == "primary" or core.state.phase is Phase.ACQUIRING or beat.epoch < core.state.epoch:
+            return False
+        return core.witness is None or (beat.role == "primary" and beat.epoch >= core.open.value.epoch_floor)
 
     def on_promise(self) -> None:
         if roles.bounded(self._core.state):

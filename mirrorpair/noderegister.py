@@ -23,6 +23,7 @@ import msgspec
 
 from mirrorpair.arbiter import Incarnation, Register, Swap, Versioned, Writer
 from mirrorpair.errors import MirrorpairError, PeerTimeoutError, RefusedError, UnreachableError, WrongRoleError
+from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.rolewords import ACQUISITIONS, FAILED, WRONG_ROLE, Phase, RecordChanged, Swapped
 from mirrorpair.swaprules import Read, objection
 from mirrorpair.witness.client import StaleRecordError, WitnessRegister
@@ -169,7 +170,6 @@ class WitnessSide:
                 return Swapped(action, False, obstacle, code=FAILED)
             if error := await self._core.flush_first():
                 return Swapped(action, False, error, code=FAILED)
-        await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
         nonces: set[int] = set()
         unknown = False
         why: MirrorpairError = UnreachableError("the witness was not asked")
@@ -182,6 +182,7 @@ class WitnessSide:
                 if (reason := objection(action, self._core.name, read)) is not None:
                     await self._take(record)
                     return Swapped(action, False, reason, code=WRONG_ROLE)
+                await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
                 new = self._successor(action, record.register)
                 assert new.writer is not None
                 nonces.add(new.writer.nonce)
@@ -218,6 +219,8 @@ class WitnessSide:
             in_sync=register.in_sync,
             pause=register.pause,
             known=member is None or member == self._core.incarnation(),
+            boot_lost=self._core.state.boot_lost,
+            bound=self._core.peer_link.heart.promises.bound(clock_boottime_ns()),
             own=writer is not None and writer.node == self._core.name and writer.nonce in nonces,
         )
 

@@ -58,6 +58,7 @@ from mirrorpair.rolewords import (
     LinkUp,
     Mode,
     PeerDown,
+    PeerFloor,
     PeerLeft,
     PeerSaid,
     PeerUp,
@@ -150,11 +151,19 @@ def _refuse(state: State, message: str, retry_at_ns: int | None = None, *, code:
     return Step(state, (Answer(code, message, retry_at_ns),), f"refused: {message}")
 
 
-def _acquire(state: State, purpose: Purpose, in_sync: tuple[str, ...], why: str, *, overrides: bool = False) -> Step:
+def _acquire(
+    state: State,
+    purpose: Purpose,
+    in_sync: tuple[str, ...],
+    why: str,
+    *,
+    overrides: bool = False,
+    forced: bool = False,
+) -> Step:
     """A4: always a new epoch, above everything seen."""
     epoch = max(state.epoch, state.peer_epoch) + 1
-    changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote")
-    swap = Swap(purpose, epoch, state.me, in_sync, state.peer_up, overrides)
+    swap = Swap(purpose, epoch, state.me, in_sync, state.peer_up, overrides, forced)
+    changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote", asked=swap)
     return Step(changed, (swap,), f"{state.me} takes epoch {epoch}: {why}")
 
 
@@ -199,6 +208,7 @@ def _lost_role(state: State, event: RecordChanged) -> Step:
         deadline_ns=None,
         draining=False,
         releasing=False,
+        raising=False,
         answering=False,
     )
     message = f"{event.primary or 'nobody'} is primary of epoch {event.epoch} now, not {state.me}"
@@ -273,8 +283,8 @@ def _take_back(state: State) -> Step:
 
 
 def _take_over(state: State, now: int) -> Step:
-    """A3, A11, arbitrated: the primary of record is silent, or there without its role, and no promise to it binds. One
-    that has begun a new session has thereby ended the one that the promise was for."""
+    """A3, A11, arbitrated: the primary of record is silent, or there without its role. Whether a promise to it binds is
+    looked at once more within the swap: it may have just become primary, and this node not have heard of it yet."""
     if state.stopping or (state.peer_up and state.peer_role == "primary"):
         return _stay(_set(state, deadline_ns=None))
     if not state.peer_up and now < state.bound_until_ns:
@@ -469,6 +479,8 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
         f"in sync: {', '.join(event.in_sync) or 'nobody'}"
     )
     if state.arbitrated:
+        if changed.phase is Phase.ACQUIRING and changed.deadline_ns is not None and _overtaken(changed):
+            changed = _set(changed, phase=Phase.SECONDARY, asked=None)  # whatever was on its way is too late now
         if changed.phase is Phase.SECONDARY and event.primary == state.me:
             done = _take_back(changed)
             return done if done.actions else _stay(_watches(done.state, now + state.suspect_ns), done.sentence)
@@ -477,6 +489,10 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
     # The peer's own swap comes here before its next heartbeat does.
     theirs: RoleName | None = "primary" if event.primary == state.peer else "secondary"
     return _stay(_set(changed, peer_role=theirs if state.peer_up else None), sentence)
+
+
+def _overtaken(state: State) -> bool:
+    return state.asked is None or state.epoch >= state.asked.epoch
 
 
 def _primary_record_changed(state: State, event: Event, now: int) -> Step:
@@ -537,7 +553,7 @@ def _promote(state: State, event: Event, now: int) -> Step:
     keeps = state.peer_up and state.peer_in_sync and member and not state.crashed and not state.boot_lost
     in_sync = tuple(sorted((me, peer))) if keeps else (me,)
     why = f"a person promotes it{given_up(state)}"
-    return _acquire(state, "promote", in_sync, why, overrides=event.accept_data_loss)
+    return _acquire(state, "promote", in_sync, why, overrides=event.accept_data_loss, forced=event.force)
 
 
 def _member(state: State) -> bool:
@@ -583,6 +599,12 @@ def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
         return _swapped(state, event, now)  # of one that was asked for before
     answered = state.answering
     state = _set(state, answering=False)
+    if not event.ok and event.unknown and state.arbitrated and not _overtaken(state):
+        # A0, A13: it may still land. Nothing is promised until that is over, and no link is made.
+        message = f"{state.me} may become primary or not: {event.why}"
+        actions = (Answer(event.code, message),) if answered else ()
+        return Step(_set(state, deadline_ns=now + state.suspect_ns), actions, message)
+    state = _set(state, asked=None)
     if not event.ok:
         back = Phase.RETURNING if event.swap.purpose == "readopt" and not state.arbitrated else Phase.SECONDARY
         deadline = now + state.retry_ns if back is Phase.RETURNING else None
@@ -601,10 +623,49 @@ def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
     return Step(alone.state, (*answer, *alone.actions), alone.sentence)
 
 
+def _acquire_again(state: State, _event: Event, now: int) -> Step:
+    """Nothing is known of the last attempt. While the peer is there as primary, it is the one to end that (A13)."""
+    if state.deadline_ns is None or now < state.deadline_ns or state.asked is None:
+        return _stay(state)
+    if _overtaken(state):
+        back = _set(state, phase=Phase.SECONDARY, asked=None)
+        return _stay(_watches(back, now), f"epoch {state.epoch} is there: what {state.me} asked for is too late")
+    if state.peer_up and state.peer_role == "primary":
+        return _stay(_set(state, deadline_ns=now + state.suspect_ns))
+    return Step(
+        _set(state, deadline_ns=None), (state.asked,), f"{state.me} asks for epoch {state.asked.epoch} once more"
+    )
+
+
+def _peer_floor(state: State, event: Event, _now: int) -> Step:
+    """A13: above what the peer has asked for no late attempt of it can land, and it promises again."""
+    assert isinstance(event, PeerFloor)
+    if not state.arbitrated or state.raising or event.floor <= state.epoch or state.releasing:
+        return _stay(state)
+    swap = Swap("raise", event.floor, state.me, None)
+    return Step(
+        _set(state, raising=True),
+        (swap,),
+        f"{state.peer} has asked for epoch {event.floor}: {state.me} takes it itself",
+    )
+
+
+def _raised(state: State, event: Swapped, now: int) -> Step:
+    state = _set(state, raising=False)
+    if not event.ok:
+        return _stay(state, f"{state.me} stays at epoch {state.epoch}: {event.why}")
+    sentence = f"{state.me} is primary of epoch {state.epoch} now"
+    if state.phase is Phase.PAIRED:
+        # Frames of the older epoch would be refused: the link is made anew.
+        waiting = _set(state, phase=Phase.WAITING, linked=False, equal=False, deadline_ns=now + state.suspect_ns)
+        return Step(waiting, (DropLink("the epoch was raised"),), sentence)
+    return Step(_set(state, linked=False), (DropLink("the epoch was raised"),), sentence)
+
+
 def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Swapped)
     if event.swap.purpose != "shrink":
-        return _swapped(state, event, now)
+        return _swapped(state, event, now)  # of one that was asked for before
     if not event.ok:
         waiting = _set(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
         if state.linked and state.arbitrated and event.unknown:
@@ -628,8 +689,10 @@ def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
 
 
 def _swapped(state: State, event: Event, now: int) -> Step:
-    """Of an expand, or of a release."""
+    """Of an expand, a release, or a raise."""
     assert isinstance(event, Swapped)
+    if event.swap.purpose == "raise":
+        return _raised(state, event, now)
     if event.swap.purpose == "expand" and not event.ok:
         changed = _set(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
         if changed.linked and changed.equal and changed.deadline_ns is None:
@@ -734,6 +797,8 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(every, Synced, _synced)
     put(only(Phase.SECONDARY), Tick, _secondary_tick)
     put(only(Phase.PAIRED), Tick, _expand_again)
+    put(only(Phase.ACQUIRING), Tick, _acquire_again)
+    put(PRIMARY, PeerFloor, _peer_floor)
     put(every, CaughtUp, _caught_up)
     put(only(Phase.SECONDARY, Phase.ACQUIRING), RecordChanged, _record_changed)
     put(only(Phase.RETURNING), RecordChanged, _returning_record_changed)

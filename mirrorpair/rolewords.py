@@ -14,7 +14,7 @@ import msgspec
 
 RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
-Purpose = Literal["promote", "readopt", "takeover", "shrink", "expand", "release"]
+Purpose = Literal["promote", "readopt", "takeover", "raise", "shrink", "expand", "release"]
 ACQUISITIONS: frozenset[Purpose] = frozenset({"promote", "readopt", "takeover"})
 
 FAILED = 1
@@ -71,6 +71,10 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ns: int | None = None
     bound_until_ns: int = 0
     """arbitrated: until then this node has promised not to take over (A11); as the peer was lost, or at the start"""
+    asked: Swap | None = None
+    """the acquisition under way (ACQUIRING); with a deadline: nothing is known of it, and it is asked for again then"""
+    raising: bool = False
+    """a swap to a higher epoch is under way (A13)"""
     crashed: bool = False
     """ended as primary without a clean stop, and neither primary nor in sync since"""
     boot_lost: bool = False
@@ -104,7 +108,8 @@ class Swap(msgspec.Struct, frozen=True):
     """Change the register; its outcome is an event Swapped. They are carried out in the order in which they were asked
     for. `in_sync` None: as the register has it then, which an earlier swap may still change; the event says what it
     was. `needs_peer`: it was decided because of what the peer said, so it fails when the peer is gone by then.
-    `overrides`: a person said that what the register keeps this node from may be lost (A3)."""
+    `overrides`: a person said that what the register keeps this node from may be lost (A3); `forced`: that the primary
+    of record serves no more."""
 
     purpose: Purpose
     epoch: int
@@ -112,6 +117,7 @@ class Swap(msgspec.Struct, frozen=True):
     in_sync: tuple[str, ...] | None
     needs_peer: bool = False
     overrides: bool = False
+    forced: bool = False
 
 
 # --- events
@@ -142,6 +148,12 @@ class PeerSaid(msgspec.Struct, frozen=True):
 
     role: RoleName
     epoch: int
+
+
+class PeerFloor(msgspec.Struct, frozen=True):
+    """A13: the peer has asked for epochs up to this one, above ours, and an attempt may still be on its way."""
+
+    floor: int
 
 
 class PeerDown(msgspec.Struct, frozen=True):
@@ -226,6 +238,7 @@ Event = (
     Started
     | PeerUp
     | PeerSaid
+    | PeerFloor
     | PeerDown
     | PeerLeft
     | LinkUp

@@ -167,7 +167,7 @@ def loop_device(root: None, need_tool: Callable[[str], str]) -> Iterator[LoopDev
         options = [*(["--read-only"] if read_only else []), *(["--partscan"] if partitions else [])]
         options += [f"--offset={offset}"] if offset else []
         options += [f"--sizelimit={size}"] if size else []
-        for _ in range(20):  # another one may take the device that was found
+        for _ in range(100):  # another one may take the device that was found, or free it at this moment
             made = subprocess.run(
                 [losetup, "--find", "--show", *options, str(backing)], capture_output=True, text=True, check=False
             )

@@ -76,6 +76,7 @@ class Node:
             pair_uuid="",
             node=self.name,
             mode="sync",
+            arbiter="none",
             survivor="primary",
             boot_id="b",
             incarnation=Incarnation(id="1", n=0),
@@ -104,7 +105,7 @@ class Node:
         self._tell()
 
     def beat(self, seq: int) -> Beat:
-        return Beat(seq=seq, epoch=1, floor=1, role="secondary", linked=False, disks={}, dirty={})
+        return Beat(seq=seq, epoch=1, version=1, floor=1, role="secondary", linked=False, disks={}, dirty={})
 
     def on_beat(self, beat: Beat) -> bool:
         self.beats.append(beat)

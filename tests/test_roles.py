@@ -24,6 +24,7 @@ from mirrorpair.rolewords import (
     LinkUp,
     Mode,
     PeerDown,
+    PeerFloor,
     PeerLeft,
     PeerSaid,
     PeerUp,
@@ -116,6 +117,7 @@ def test_every_handler_of_the_table_is_for_an_event_and_every_event_is_in_it() -
 EVENTS: list[Event] = [
     PeerUp("secondary", 9),
     PeerSaid("primary", 9),
+    PeerFloor(9),
     PeerDown("gone", 5),
     PeerLeft(),
     LinkUp(),

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import resource
-import signal
 from typing import TYPE_CHECKING
 
 from mirrorpair.address import UnixAddress
@@ -23,7 +22,7 @@ from mirrorpair.arbiter import Swap
 from mirrorpair.errors import MirrorpairError, PeerProtocolError
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.peersocket import LineLimit, bind
-from mirrorpair.systemd import notify
+from mirrorpair.service import Termination, notify
 from mirrorpair.text import printable
 from mirrorpair.witness import (
     MAX_LINE,
@@ -183,21 +182,18 @@ def run(witness: Witness) -> int:
 
 
 async def _run(witness: Witness) -> int:
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
-    server = WitnessServer(witness, cap=_most_connections())
-    await server.start()
-    try:
-        log.info("listening on %s, records in %s", witness.address, printable(witness.state_dir))
-        notify("READY=1")
-        await asked.wait()
-        notify("STOPPING=1")
-    finally:
-        await server.close()
-    log.info("stopped")
-    return 0
+    with Termination() as termination:
+        server = WitnessServer(witness, cap=_most_connections())
+        await server.start()
+        try:
+            log.info("listening on %s, records in %s", witness.address, printable(witness.state_dir))
+            notify("READY=1")
+            await termination.asked.wait()
+            notify("STOPPING=1")
+        finally:
+            await server.close()
+        log.info("stopped")
+        return 0
 
 
 def _most_connections() -> int:

@@ -1,0 +1,129 @@
+"""The roles of an arbitrated pair, played with a witness, lost and late swaps, promises, crashes (witnessworld.py); and
+what a swap may follow from."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import witnessworld
+from witnessworld import Attempt, Machine, World
+
+from mirrorpair.rolewords import State, Swap, Swapped
+from mirrorpair.swaprules import Read, objection
+
+BOTH = ("alpha", "beta")
+
+
+def simulate(rng: random.Random) -> World:
+    world = World(rng)
+    world.run(3000)
+    world.heal(6000)
+    return world
+
+
+def test_no_acknowledged_write_is_lost_and_nobody_acknowledges_beside_another(rng: random.Random) -> None:
+    """And once nothing fails any more both are in sync again. Those who took over, and what was acknowledged, say that
+    there was something to be lost."""
+    worlds = [simulate(rng) for _ in range(60)]
+    assert sum(len(world.acked) for world in worlds) > 1000
+    assert sum(world.acquisitions for world in worlds) > 150
+
+
+# --- it bites
+
+
+def forgetful_end(self: Machine, ok: bool, why: str = "") -> None:
+    attempt: Attempt = self.attempts.pop(0)
+    self.inbox.append(Swapped(attempt.action, ok, why))
+
+
+def keen_objection(swap: Swap, me: str, read: Read) -> str | None:
+    return objection(swap, me, read._replace(in_sync=()))
+
+
+def never(value: Any) -> property:
+    return property(lambda _: value, lambda _, __: None)
+
+
+WEAKENED: dict[str, tuple[object, str, object]] = {
+    "A0 an unknown swap counts as none": (Machine, "end", forgetful_end),
+    "A1 alone without the shrink": (State, "peer_in_sync", property(lambda _: False)),
+    "A2 required only once it is known": (State, "peer_in_sync", property(lambda state: state.peer in state.in_sync)),
+    "A3 who is no member takes over": (witnessworld, "objection", keen_objection),
+    "A4 a lost boot is no reason": (Machine, "boot_lost", never(False)),
+    "A10 validity is not looked at": (Machine, "valid", lambda _: True),
+    "A11 promises are not kept": (Machine, "bound_until", never(0)),
+    "A13 promises beside an attempt": (Machine, "promises", lambda self, epoch: epoch >= self.state.epoch),
+}
+
+
+@pytest.mark.parametrize("rule", WEAKENED)
+def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    owner, name, value = WEAKENED[rule]
+    monkeypatch.setattr(owner, name, value, raising=False)
+
+    def many() -> None:
+        for seed in range(1000):
+            simulate(random.Random(seed))
+
+    with pytest.raises(AssertionError, match=r"^I\d"):
+        many()
+
+
+# --- what a swap may follow from
+
+
+def swap(purpose: Any, epoch: int, primary: str | None = "alpha", **changes: Any) -> Swap:
+    return Swap(purpose, epoch, primary, ("alpha",), **changes)
+
+
+@pytest.mark.parametrize(
+    ("action", "read", "reason"),
+    [
+        (swap("takeover", 8), Read(7, "beta", BOTH), None),
+        (swap("takeover", 8), Read(7, "beta", ("beta",)), "only beta has everything"),
+        (swap("takeover", 8), Read(7, "beta", BOTH, known=False), "it was made anew"),
+        (swap("takeover", 8), Read(7, "beta", BOTH, pause=True), "paused"),
+        (swap("takeover", 8), Read(7, "beta", BOTH, bound=True), "has promised beta"),
+        (swap("promote", 8), Read(7, "beta", BOTH, bound=True), "has promised beta"),
+        (swap("promote", 8, forced=True), Read(7, "beta", BOTH, bound=True), None),
+        (swap("promote", 8), Read(7, None, BOTH, bound=True), None),
+        (swap("readopt", 8), Read(7, "alpha", BOTH, bound=True), None),
+        (swap("takeover", 8), Read(7, None, BOTH), "nobody is primary"),
+        (swap("takeover", 8), Read(7, "beta", BOTH, boot_lost=True), "which may hold what was lost"),
+        (swap("promote", 8), Read(7, "beta", BOTH, boot_lost=True), "which may hold what was lost"),
+        (swap("promote", 8, overrides=True), Read(7, "beta", BOTH, boot_lost=True), None),
+        (swap("readopt", 8), Read(7, "alpha", ("alpha",), boot_lost=True), None),
+        (swap("readopt", 8), Read(7, "alpha", BOTH, boot_lost=True), "which may hold what was lost"),
+        (swap("takeover", 8), Read(7, "alpha", BOTH), "nothing to take over"),
+        (swap("takeover", 8), Read(8, "beta", BOTH), "at epoch 8 already"),
+        (swap("takeover", 8), Read(8, "alpha", ("alpha",), own=True), None),
+        (swap("readopt", 8), Read(7, "alpha", BOTH), None),
+        (swap("readopt", 8), Read(7, "alpha", ("alpha",), pause=True), None),
+        (swap("readopt", 8), Read(7, "alpha", ("alpha",), known=False), "it was made anew"),
+        (swap("readopt", 8), Read(7, "beta", BOTH), "beta is primary"),
+        (swap("promote", 1), Read(0, None, ()), None),
+        (swap("promote", 8), Read(7, "beta", ("beta",)), "only beta has everything"),
+        (swap("promote", 8, overrides=True), Read(7, "beta", ("beta",)), None),
+        (swap("promote", 8, overrides=True), Read(9, "beta", ("beta",)), "at epoch 9 already"),
+        (swap("raise", 9), Read(7, "alpha", BOTH), None),
+        (swap("raise", 9), Read(7, "beta", BOTH), "beta is primary"),
+        (swap("raise", 9), Read(9, "alpha", BOTH), "primary of epoch 9"),
+        (swap("shrink", 7), Read(7, "alpha", BOTH), None),
+        (swap("shrink", 7), Read(8, "beta", ("beta",)), "beta is primary of epoch 8"),
+        (swap("shrink", 7), Read(8, "alpha", BOTH), "alpha is primary of epoch 8"),
+        (swap("expand", 7), Read(7, "alpha", ("alpha",)), None),
+        (swap("expand", 7, None), Read(7, None, ("alpha",)), None),
+        (swap("expand", 7), Read(7, None, ("alpha",)), "nobody is primary of epoch 7"),
+        (swap("release", 7, None), Read(7, "alpha", BOTH), None),
+        (swap("release", 7, None), Read(8, "beta", BOTH), "beta is primary of epoch 8"),
+    ],
+)
+def test_a_swap_follows_from_the_record_that_was_read_or_is_not_made(
+    action: Swap, read: Read, reason: str | None
+) -> None:
+    found = objection(action, "alpha", read)
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in (found or "")

@@ -1,0 +1,501 @@
+"""Two role machines, a witness, clients and a seed: what an arbitrated pair may go through, without I/O and time.
+
+The machines are the product's (`roles.step`, `swaprules.objection`, `arbiter.check_successor`); what is played here is
+what lies around them: a wire and a data link that break apart or together; a witness that is away for one or both,
+loses a request, loses a reply, or does a swap late, also after its sender has died; promises and their ends; clocks
+that drift by up to rho and stand still; crashes of daemons; one lost boot at a time; disks in the middle of a resync.
+
+What is checked (AssertionError, with the last steps):
+- I3 Two nodes never acknowledge at the same moment. I1 Whoever serves reads has every acknowledged write.
+- I4 Who becomes primary has every acknowledged write and no half-copied disk.
+- I8 Once nothing fails any more, one node serves and both are in sync, within a bound of turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mirrorpair import roles
+from mirrorpair.arbiter import Register, Versioned, Writer, check_successor
+from mirrorpair.rolewords import (
+    ACQUISITIONS,
+    CaughtUp,
+    Drain,
+    Drained,
+    DropLink,
+    Event,
+    GenerationBegan,
+    LinkLost,
+    LinkUp,
+    Mode,
+    PeerDown,
+    PeerFloor,
+    PeerSaid,
+    PeerUp,
+    Phase,
+    Promote,
+    RecordChanged,
+    Started,
+    State,
+    Swap,
+    Swapped,
+    Synced,
+    Tick,
+)
+from mirrorpair.swaprules import Read, objection
+
+if TYPE_CHECKING:
+    import random
+
+S = 10**9
+SUSPECT = S
+PROMISE = 3 * S
+RHO = 0.01
+DELTA = S // 10
+ATTEMPTS = 5
+
+
+class Attempt:
+    """A swap that is being carried out."""
+
+    def __init__(self, action: Swap) -> None:
+        self.action = action
+        self.nonces: set[int] = set()
+        self.unknown = False
+        self.tries = 0
+
+
+class Witness:
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.record = Versioned()
+        self.up = True
+        self.late: list[tuple[int, Register]] = []
+        """swaps that are still on their way"""
+
+    def cas(self, version: int, new: Register) -> bool:
+        if version != self.record.version or check_successor(self.record.register, new) is not None:
+            return False
+        self.record = Versioned(version=version + 1, register=new)
+        self.world.say(f"witness: epoch {new.epoch}, {new.primary}, {new.in_sync}")
+        return True
+
+
+class Machine:
+    """One node: what survives a crash, and the process."""
+
+    def __init__(self, world: World, name: str, peer: str) -> None:
+        self.world, self.name, self.peer = world, name, peer
+        self.rate = 1.0 + world.rng.uniform(-RHO, RHO) / 2
+        self.epoch = 0
+        self.floor = 0
+        self.data: set[int] = set()
+        self.flushed: set[int] = set()
+        self.sound = True
+        self.was_primary, self.clean, self.boot_lost = False, True, False
+        self.up = False
+        self.start()
+
+    def clock(self) -> int:
+        return int(self.world.now * self.rate) + 10**12
+
+    @property
+    def other(self) -> Machine:
+        return self.world.node[self.peer]
+
+    def start(self) -> None:
+        self.state = State(
+            me=self.name, peer=self.peer, survivor="primary", arbitrated=True, suspect_ns=SUSPECT, retry_ns=S // 4
+        )
+        self.up = True
+        self.inbox: list[Event] = []
+        self.attempts: list[Attempt] = []
+        self.version = 0
+        self.valid_until = 0
+        self.bound_until = self.clock() + int(PROMISE * (1 + RHO))
+        self.look = True
+        self.step(
+            Started(
+                epoch=self.epoch,
+                primary=None,
+                in_sync=(),
+                was_primary=self.was_primary,
+                clean=self.clean,
+                boot_lost=self.boot_lost,
+                wait_ns=max(0, self.bound_until - self.clock()),
+                obstacle=None if self.sound else "inconsistent",
+            )
+        )
+
+    def step(self, event: Event) -> None:
+        before = self.state
+        step = roles.step(before, event, self.clock())
+        self.state = step.state
+        self.world.say(f"{self.name}: {type(event).__name__}: {step.sentence} [{step.state.phase.value}]")
+        if before.role != "primary" and self.state.role == "primary":
+            self.world.acquired(self)
+        for action in step.actions:
+            if isinstance(action, Swap):
+                self.attempts.append(Attempt(action))
+            elif isinstance(action, DropLink):
+                self.world.cut_link("dropped on purpose")
+            elif isinstance(action, Drain):
+                self.inbox.append(Drained())
+
+    # --- what it may do
+
+    def valid(self) -> bool:
+        return not roles.bounded(self.state) or self.clock() < self.valid_until
+
+    def acknowledges(self) -> bool:
+        """Whether an answer to a write could leave now."""
+        mode = roles.mode_of(self.state)
+        if not self.up or mode is Mode.NONE or not self.valid():
+            return False
+        if mode is Mode.PEER:
+            return self.world.link and self.world.source is self and self.state.linked and self.other.up
+        return mode is Mode.ALONE
+
+    def serves_reads(self) -> bool:
+        return self.up and roles.mode_of(self.state) is not Mode.NONE and self.valid()
+
+    def promises(self, epoch: int) -> bool:
+        """To a primary of this epoch (A13; nodepeer.py)."""
+        if self.state.role == "primary" or self.state.phase is Phase.ACQUIRING:
+            return False
+        return epoch >= max(self.state.epoch, self.floor)
+
+    # --- the register
+
+    def take(self, record: Versioned) -> None:
+        if record.version == self.version:
+            return
+        self.version = record.version
+        r = record.register
+        self.epoch = max(self.epoch, r.epoch)
+        self.floor = max(self.floor, self.epoch)
+        self.inbox.append(RecordChanged(r.epoch, r.primary, r.in_sync))
+
+    def ask(self) -> None:
+        """One more try of the swap that is due, or a look."""
+        witness, rng = self.world.witness, self.world.rng
+        reached = witness.up and self.world.way[self.name]
+        if not self.attempts:
+            if self.look and reached:
+                self.look = False
+                self.take(witness.record)
+            return
+        attempt = self.attempts[0]
+        action = attempt.action
+        attempt.tries += 1
+        if attempt.tries == 1 and action.purpose in ACQUISITIONS:
+            if not self.sound:
+                self.end(False, "inconsistent")
+                return
+            self.flushed = set(self.data)
+        if attempt.tries > ATTEMPTS or not reached:
+            self.end(False, "the witness does not answer")
+            return
+        record = witness.record
+        old = record.register
+        read = Read(
+            old.epoch,
+            old.primary,
+            old.in_sync,
+            boot_lost=self.state.boot_lost,
+            bound=self.clock() < self.bound_until,
+            own=old.writer is not None and old.writer.node == self.name and old.writer.nonce in attempt.nonces,
+        )
+        if (reason := objection(action, self.name, read)) is not None:
+            self.take(record)
+            self.end(False, reason)
+            return
+        self.floor = max(self.floor, action.epoch)
+        nonce = next(self.world.nonces)
+        attempt.nonces.add(nonce)
+        new = msgspec.structs.replace(
+            old,
+            epoch=action.epoch,
+            primary=action.primary,
+            in_sync=old.in_sync if action.in_sync is None else action.in_sync,
+            writer=Writer(node=self.name, nonce=nonce),
+        )
+        fate = rng.choices(["done", "request lost", "reply lost", "late"], [80, 5, 8, 7])[0]
+        if not self.world.faults:
+            fate = "done"
+        if fate == "done":
+            if witness.cas(record.version, new):
+                self.version = record.version + 1
+                self.epoch = max(self.epoch, new.epoch)
+                self.floor = max(self.floor, self.epoch)
+                if action.purpose in ACQUISITIONS:
+                    self.was_primary, self.clean, self.boot_lost = True, False, False
+                elif action.purpose == "release":
+                    self.was_primary = False
+                attempt.action = msgspec.structs.replace(action, in_sync=new.in_sync)
+                self.end(True)
+            return
+        attempt.unknown = True
+        if fate == "reply lost":
+            witness.cas(record.version, new)
+        elif fate == "late":
+            witness.late.append((record.version, new))
+
+    def end(self, ok: bool, why: str = "") -> None:
+        attempt = self.attempts.pop(0)
+        self.inbox.append(Swapped(attempt.action, ok, why, unknown=attempt.unknown and not ok))
+
+
+class World:
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.now = 0
+        self.faults = True
+        self.wire = self.link = False
+        self.way = {"alpha": True, "beta": True}
+        self.trace: list[str] = []
+        self.acked: set[int] = set()
+        self.nonces = itertools.count(1)
+        self.numbers = itertools.count(1)
+        self.acquisitions = 0
+        self.node: dict[str, Machine] = {}
+        self.witness = Witness(self)
+        for name, peer in (("alpha", "beta"), ("beta", "alpha")):
+            self.node[name] = Machine(self, name, peer)
+        self.source = self.node["alpha"]
+
+    @property
+    def machines(self) -> list[Machine]:
+        return list(self.node.values())
+
+    def say(self, text: str) -> None:
+        self.trace.append(f"{self.now / S:9.3f} {text}")
+
+    # --- what must hold
+
+    def acquired(self, machine: Machine) -> None:
+        self.acquisitions += 1
+        lost = self.acked - machine.data
+        assert not lost, f"I4: {machine.name} became primary without {len(lost)} acknowledged writes"
+        assert machine.sound, f"I4: {machine.name} became primary in the middle of a resync"
+
+    def check(self) -> None:
+        assert sum(machine.acknowledges() for machine in self.machines) <= 1, "I3: both acknowledge"
+        for machine in self.machines:
+            if machine.serves_reads():
+                assert not self.acked - machine.data, f"I1: {machine.name} serves reads without what was acknowledged"
+
+    # --- what lies around the machines
+
+    def cut_link(self, why: str) -> None:
+        if self.link:
+            self.link = False
+            for machine in self.machines:
+                if machine.up:
+                    machine.inbox.append(LinkLost(why))
+
+    def cut_wire(self, why: str) -> None:
+        """Both notice at a moment of their own: what is still in the inbox is what they have not noticed yet."""
+        if self.wire:
+            self.wire = False
+            self.cut_link(why)
+            for machine in self.machines:
+                if machine.up:
+                    machine.inbox.append(PeerDown(why, machine.clock(), machine.bound_until))
+
+    def join_wire(self) -> None:
+        if self.wire or not all(machine.up and not machine.inbox for machine in self.machines):
+            return
+        self.wire = True
+        said = [(machine.state.role, machine.state.epoch) for machine in self.machines]
+        for machine, (role, epoch) in zip(self.machines, said[::-1], strict=True):
+            machine.inbox.append(PeerUp(role, epoch))
+            machine.look |= epoch > machine.state.epoch
+
+    def beat(self, machine: Machine) -> None:
+        """A heartbeat of this machine, its answer, and what it says."""
+        other = machine.other
+        if not self.wire or not machine.up or not other.up:
+            return
+        sent = machine.clock()
+        state = machine.state
+        if (other.state.peer_role, other.state.peer_epoch) != (state.role, state.epoch):
+            other.inbox.append(PeerSaid(state.role, state.epoch))
+        other.look |= state.epoch > other.state.epoch or machine.version > other.version
+        if other.floor > state.epoch and state.role == "primary":
+            # What the peer's own beat will tell.
+            machine.inbox.append(PeerFloor(other.floor))
+        if state.role != "primary" or not other.promises(state.epoch):
+            return
+        other.bound_until = max(other.bound_until, other.clock() + int(PROMISE * (1 + RHO)))
+        if self.faults and self.rng.random() < 0.2:
+            return  # the answer is lost
+        self.now += self.rng.randrange(S // 100)
+        machine.valid_until = max(machine.valid_until, sent + int(PROMISE * (1 - RHO)) - DELTA)
+
+    def join_link(self) -> None:
+        if self.link or not self.wire or any(machine.inbox or machine.attempts for machine in self.machines):
+            return
+        if len({machine.state.epoch for machine in self.machines}) > 1:
+            return
+        if any(machine.state.phase is Phase.ACQUIRING for machine in self.machines):
+            return
+        primaries = [one for one in self.machines if one.state.role == "primary"]
+        if len(primaries) > 1:
+            return
+        # Without a primary: who kept its boot, then who has more (the table of the ids, in short).
+        by_data = sorted(self.machines, key=lambda one: (one.sound, not one.boot_lost, len(one.data & self.acked)))
+        source = primaries[0] if primaries else by_data[-1]
+        if not source.sound or self.acked - source.data:
+            return
+        self.link, self.source = True, source
+        if source.other.data != source.data or not source.other.sound:
+            source.other.sound = False
+        for machine in self.machines:
+            machine.inbox.append(LinkUp())
+
+    def resync(self) -> None:
+        if not self.link or any(machine.inbox for machine in self.machines):
+            return
+        target = self.source.other
+        target.data = set(self.source.data)
+        target.flushed, target.sound = set(target.data), True
+        for machine in self.machines:
+            machine.was_primary = machine.state.role == "primary"
+            machine.clean, machine.boot_lost = False, False
+            machine.inbox.append(CaughtUp())
+        self.source.inbox.append(Synced())
+
+    def write(self) -> None:
+        for machine in self.machines:
+            if not machine.up or machine.state.role != "primary":
+                continue
+            if not machine.serves_reads():
+                continue
+            number = next(self.numbers)
+            machine.data.add(number)
+            if roles.mode_of(machine.state) is Mode.ALONE_FIRST:
+                machine.inbox.append(GenerationBegan())
+            elif machine.acknowledges():
+                if roles.mode_of(machine.state) is Mode.PEER:
+                    machine.other.data.add(number)
+                self.acked.add(number)
+
+    def crash(self, machine: Machine) -> None:
+        if machine.up:
+            machine.up = False
+            self.cut_wire(f"{machine.name} is gone")
+
+    def power(self, machine: Machine) -> None:
+        """Its host loses power, and with it what was never flushed; while the other one is a member that has it all."""
+        other = machine.other
+        members = self.witness.record.register.in_sync
+        if not machine.up or not other.up or other.boot_lost or other.name not in members or not other.sound:
+            return
+        self.crash(machine)
+        kept = {number for number in machine.data - machine.flushed if self.rng.random() < 0.5}
+        machine.data = machine.flushed | kept
+        machine.boot_lost = not machine.clean
+        self.say(f"{machine.name} lost its boot")
+
+    def turn(self) -> None:
+        rng = self.rng
+        machine = rng.choice(self.machines)
+        kinds = {
+            "event": 30,
+            "ask": 14,
+            "tick": 10,
+            "beat": 25,
+            "wire": 8,
+            "link": 8,
+            "resync": 6,
+            "write": 15,
+            "start": 4,
+            "alone": 4,
+        }
+        if self.faults:
+            kinds |= {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1}
+            kinds |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2}
+        kind = rng.choices(list(kinds), list(kinds.values()))[0]
+        if kind == "event" and machine.up and machine.inbox:
+            machine.step(machine.inbox.pop(0))
+        elif kind == "ask" and machine.up:
+            machine.ask()
+        elif kind == "tick" and machine.up and machine.state.deadline_ns is not None:
+            if rng.random() < 0.5:
+                self.now = max(self.now, int((machine.state.deadline_ns - 10**12) / machine.rate) + 1)
+            machine.step(Tick())
+        elif kind == "beat":
+            self.beat(machine)
+        elif kind == "wire":
+            self.join_wire()
+        elif kind == "link":
+            self.join_link()
+        elif kind == "resync":
+            self.resync()
+        elif kind == "write":
+            self.write()
+        elif kind == "start" and not machine.up:
+            machine.start()
+        elif kind == "alone" and machine.state.phase is Phase.ALONE:
+            machine.look = True
+        elif kind == "late" and self.witness.late:
+            self.witness.cas(*self.witness.late.pop(rng.randrange(len(self.witness.late))))
+        elif kind == "cut":
+            self.cut_wire("cut")
+        elif kind == "unlink":
+            self.cut_link("flap")
+        elif kind == "crash":
+            self.crash(machine)
+        elif kind == "power":
+            self.power(machine)
+        elif kind == "flush" and self.link and not any(one.inbox for one in self.machines):
+            for one in self.machines:
+                one.flushed = set(one.data)
+        elif kind == "person" and machine.up:
+            machine.step(
+                Promote(
+                    accept_data_loss=False,
+                    force=False,
+                    obstacle=None if machine.sound else "inconsistent",
+                    bound_until_ns=machine.bound_until,
+                )
+            )
+        elif kind == "witness":
+            self.witness.up = not self.witness.up
+        elif kind == "way":
+            self.way[machine.name] = not self.way[machine.name]
+        elif kind == "sleep":
+            self.now += rng.randrange(5 * S)  # all of it: a machine that stands still, answers that are late
+        self.now += rng.randrange(S // 50)
+        self.check()
+
+    def run(self, turns: int) -> None:
+        try:
+            for _ in range(turns):
+                self.turn()
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n" + "\n".join(self.trace[-80:])) from error
+
+    def heal(self, turns: int) -> None:
+        """Nothing fails any more; a person promotes if nobody ever was."""
+        self.faults = False
+        self.witness.up = True
+        self.way = dict.fromkeys(self.way, True)
+        for _ in range(turns):
+            self.run(1)
+            if self.well():
+                return
+        raise AssertionError("I8: they do not come together\n" + "\n".join(self.trace[-80:]))
+
+    def well(self) -> bool:
+        primaries = [one for one in self.machines if one.up and one.state.role == "primary"]
+        if not primaries and self.witness.record.register.primary is None and not self.node["alpha"].attempts:
+            if all(one.up and one.state.phase is Phase.SECONDARY for one in self.machines) and self.link:
+                self.node["alpha"].step(Promote(accept_data_loss=False, force=False, obstacle=None, bound_until_ns=0))
+            return False
+        both = ("alpha", "beta")
+        return len(primaries) == 1 and primaries[0].acknowledges() and self.witness.record.register.in_sync == both
