@@ -134,7 +134,7 @@ class WitnessSide:
         if self.reachable != was:
             log.log(
                 logging.INFO if self.reachable else logging.WARNING,
-                "%s",
+                "the register of this pair: %s",
                 why or "the witness answers",
             )
 

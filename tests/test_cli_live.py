@@ -493,6 +493,15 @@ def test_no_message_is_repeated_more_than_a_few_times_a_second() -> None:
     assert PlainFormatter().format(later).endswith("connection from 500 (495 more like it were left out)")
 
 
+def test_messages_that_are_nothing_but_their_value_are_counted_one_by_one() -> None:
+    """The sentences of the role decisions: none may be left out because there were others."""
+    repeat = RepeatFilter()
+    records = [logging.LogRecord("mirrorpair", logging.INFO, "", 0, "%s", (f"step {n}",), None) for n in range(50)]
+    for record in records:
+        record.created = 1000.0
+    assert all(repeat.filter(record) for record in records)
+
+
 # --- a terminal
 
 

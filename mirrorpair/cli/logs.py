@@ -25,14 +25,15 @@ KINDS = 1000  # of messages that are counted at a time
 
 
 class RepeatFilter(logging.Filter):
-    """By the message before its values are filled in; time is the record's own."""
+    """By the message before its values are filled in, or by the whole of one that is nothing but its value; time is the
+    record's own."""
 
     def __init__(self) -> None:
         super().__init__()
         self._second: dict[str, tuple[int, int]] = {}  # message -> (the second, how many in it)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = str(record.msg)
+        message = record.getMessage() if record.msg == "%s" else str(record.msg)
         second = int(record.created)
         began, count = self._second.get(message, (second, 0))
         if began == second:
