@@ -7,7 +7,9 @@ Rules:
 - W8 The images are flushed before the role is taken.
 - It looks once at the start, each second while its node answers writes alone (A1), when the peer has seen a newer
   record, and now and then to know that the witness is there. What it finds becomes an event only if it is new.
-- F17 A record that is older than one that this node has seen is not believed: the roles stay as they are.
+- F17 A record that is older than one that this node has seen is not believed: the roles stay as they are, until a
+  person has it made anew (`promote --accept-data-loss`).
+- Metadata that cannot be written end the daemon: what is known must be durable before anything follows from it.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class CoreLike(Protocol):
     open: OpenNode
     state: State
     peer_link: PeerLink
+    failed: asyncio.Event
 
     def post(self, event: Event | Callable[[], Awaitable[None]]) -> None: ...
 
@@ -104,17 +107,20 @@ class WitnessSide:
         while True:
             self._wanted.clear()
             async with self._one:
+                record = None
                 with contextlib.suppress(MirrorpairError):
-                    await self._take(await self._read())
+                    record = await self._read()
+                if record is not None:
+                    await self._take(record)
             alone = self._core.state.phase is Phase.ALONE
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ALONE_S if alone or not self.version else IDLE_S):
                     await self._wanted.wait()
 
-    async def _read(self) -> Versioned:
+    async def _read(self, *, however_old: bool = False) -> Versioned:
         was = self.reachable
         try:
-            record = await self._register.read()
+            record = await self._register.read(however_old=however_old)
         except StaleRecordError as error:
             self._say(True, was, str(error))
             raise
@@ -123,7 +129,8 @@ class WitnessSide:
             raise
         mine, pair = self._core.open.value.pair_uuid, record.register.pair_uuid
         if mine and pair and mine != pair:
-            why = f"the witness keeps the record of another pair under the name {self._core.config.name}"
+            name = self._core.config.name
+            why = f"the witness keeps the record of another pair that is called {name}: name one of them otherwise"
             self._say(True, was, why)
             raise RefusedError(why)
         self._say(True, was, "")
@@ -149,9 +156,13 @@ class WitnessSide:
 
     async def _learned(self, record: Versioned, role: RoleName, *, settled: bool) -> None:
         epoch, version = record.register.epoch, record.version
-        await self._core.durable(
-            lambda: self._core.open.learned(epoch=epoch, version=version, role=role, settled=settled)
-        )
+        try:
+            await self._core.durable(
+                lambda: self._core.open.learned(epoch=epoch, version=version, role=role, settled=settled)
+            )
+        except MirrorpairError:
+            self._core.failed.set()
+            raise
         self.version = version
 
     # --- changing
@@ -177,7 +188,7 @@ class WitnessSide:
             if action.needs_peer and action.purpose == "expand" and not self._core.peer_link.connected:
                 return Swapped(action, False, f"{self._core.peer.name} is not connected any more", unknown=unknown)
             try:
-                record = await self._read()
+                record = await self._read(however_old=action.overrides)
                 read = self._as_read(record, nonces)
                 if (reason := objection(action, self._core.name, read)) is not None:
                     await self._take(record)

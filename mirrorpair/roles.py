@@ -572,7 +572,13 @@ def given_up(state: State) -> str:
     return f"; what only {state.peer} has is given up" if lacks else ""
 
 
-def _is_primary(state: State, _event: Event, _now: int) -> Step:
+def _is_primary(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, Promote)
+    if state.arbitrated and event.accept_data_loss and not state.raising and not state.draining:
+        # F17: the register was lost, or restored from an older copy, and a person wants it made anew from here.
+        swap = Swap("raise", state.epoch + 1, state.me, state.in_sync, overrides=True)
+        why = f"{state.me} is primary already; a person has the register made anew from what it knows"
+        return Step(_set(state, raising=True, answering=True), (swap,), why)
     message = f"{state.me} is primary already, of epoch {state.epoch}"
     return Step(state, (Answer(0, message),), message)
 
@@ -651,15 +657,17 @@ def _peer_floor(state: State, event: Event, _now: int) -> Step:
 
 
 def _raised(state: State, event: Swapped, now: int) -> Step:
-    state = _set(state, raising=False)
+    answered = state.answering and event.swap.overrides
+    state = _set(state, raising=False, answering=state.answering and not answered)
     if not event.ok:
-        return _stay(state, f"{state.me} stays at epoch {state.epoch}: {event.why}")
+        sentence = f"{state.me} stays at epoch {state.epoch}: {event.why}"
+        return Step(state, (Answer(event.code, sentence),) if answered else (), sentence)
     sentence = f"{state.me} is primary of epoch {state.epoch} now"
+    actions = (*((Answer(0, sentence),) if answered else ()), DropLink("the epoch was raised"))
     if state.phase is Phase.PAIRED:
         # Frames of the older epoch would be refused: the link is made anew.
-        waiting = _set(state, phase=Phase.WAITING, linked=False, equal=False, deadline_ns=now + state.suspect_ns)
-        return Step(waiting, (DropLink("the epoch was raised"),), sentence)
-    return Step(_set(state, linked=False), (DropLink("the epoch was raised"),), sentence)
+        state = _set(state, phase=Phase.WAITING, equal=False, deadline_ns=now + state.suspect_ns)
+    return Step(_set(state, linked=False), actions, sentence)
 
 
 def _swapped_shrinking(state: State, event: Event, now: int) -> Step:

@@ -42,6 +42,8 @@ def objection(swap: Swap, me: str, read: Read) -> str | None:
     if read.own:
         return None
     if swap.purpose == "raise":
+        if swap.overrides and read.epoch < swap.epoch:
+            return None
         if read.primary != me or read.epoch >= swap.epoch:
             return f"the register says that {read.primary or 'nobody'} is primary of epoch {read.epoch}"
         return None

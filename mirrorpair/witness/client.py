@@ -59,9 +59,9 @@ class WitnessRegister:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._next_id = 1
 
-    async def read(self) -> Versioned:
+    async def read(self, *, however_old: bool = False) -> Versioned:
         """UnreachableError, PeerTimeoutError, PeerProtocolError: no record can be had. PeerError: the witness says why
-        not. StaleRecordError."""
+        not. StaleRecordError, unless `however_old`."""
         async with self._turn:
             kept = self._streams is not None
             try:
@@ -75,13 +75,13 @@ class WitnessRegister:
             if record is None:
                 raise self._foreign("a reply without a record")
             number = (record.register.epoch, record.version)
-            if number < self.seen:
+            if number < self.seen and not however_old:
                 raise StaleRecordError(
                     f"the witness at {self._address} has version {number[1]} of the record, of epoch {number[0]}; this "
                     f"node has seen version {self.seen[1]} of epoch {self.seen[0]}: its file was lost or restored from "
                     "an older copy, and it is not believed"
                 )
-            self.seen = number
+            self.seen = max(self.seen, number)
             return record
 
     async def cas(self, version: int, new: Register) -> Swap:

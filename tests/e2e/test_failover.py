@@ -229,6 +229,22 @@ def test_f17_a_witness_that_lost_the_record_is_not_believed_and_the_roles_stay(p
     assert pair.beta.status().role == "secondary"
 
 
+def test_f17_a_person_has_a_lost_record_made_anew_by_the_primary(pair: Pair, model: Model) -> None:
+    pair.up()
+    pair.witness.kill()
+    for path in pair.witness.records.glob("*.record"):
+        path.unlink()
+    pair.witness.start()
+    assert "alpha is primary of epoch 2 now" in pair.alpha.promote(accept_data_loss=True)
+    assert (record(pair).primary, record(pair).epoch, record(pair).in_sync) == ("alpha", 2, ("alpha", "beta"))
+    serve(pair.alpha, model)
+    pair.synced()
+    pair.alpha.kill()
+    pair.beta.wait("primary")
+    pair.alpha.start()
+    finish(pair, model)
+
+
 def test_a8_a_node_that_was_made_anew_is_no_member_by_its_name(pair: Pair, model: Model) -> None:
     pair.up()
     serve(pair.alpha, model)
