@@ -28,7 +28,7 @@ from mirrorpair.errors import MirrorpairError, PeerTimeoutError, RefusedError, U
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.rolewords import ACQUISITIONS, FAILED, WRONG_ROLE, Phase, RecordChanged, Swapped
 from mirrorpair.swaprules import Read, objection
-from mirrorpair.witness.client import StaleRecordError, WitnessRegister
+from mirrorpair.witness.client import WitnessRegister
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -84,6 +84,7 @@ class WitnessSide:
         )
         self.reachable = False
         """at the last request"""
+        self._trouble: type | None = None
         self.version = 0
         """of the record that the state is made of; 0: none was read yet"""
         self._wanted = asyncio.Event()
@@ -118,32 +119,28 @@ class WitnessSide:
                     await self._wanted.wait()
 
     async def _read(self, *, however_old: bool = False) -> Versioned:
-        was = self.reachable
         try:
             record = await self._register.read(however_old=however_old)
-        except StaleRecordError as error:
-            self._say(True, was, str(error))
-            raise
+            mine, pair = self._core.open.value.pair_uuid, record.register.pair_uuid
+            if mine and pair and mine != pair:
+                name = self._core.config.name
+                raise RefusedError(f"the witness keeps the record of another pair called {name}: name one otherwise")
         except MirrorpairError as error:
-            self._say(False, was, str(error))
+            self._say(error)
             raise
-        mine, pair = self._core.open.value.pair_uuid, record.register.pair_uuid
-        if mine and pair and mine != pair:
-            name = self._core.config.name
-            why = f"the witness keeps the record of another pair that is called {name}: name one of them otherwise"
-            self._say(True, was, why)
-            raise RefusedError(why)
-        self._say(True, was, "")
+        self._say(None)
         return record
 
-    def _say(self, reachable: bool, was: bool, why: str) -> None:
-        self.reachable = reachable and not why
-        if self.reachable != was:
-            log.log(
-                logging.INFO if self.reachable else logging.WARNING,
-                "the register of this pair: %s",
-                why or "the witness answers",
-            )
+    def _say(self, error: MirrorpairError | None) -> None:
+        """Each kind of trouble once, and its end."""
+        self.reachable = error is None
+        if type(error) is self._trouble:
+            return
+        self._trouble = type(error)
+        if error is None:
+            log.info("the register of this pair: the witness answers")
+        else:
+            log.warning("the register of this pair: %s", error)
 
     async def _take(self, record: Versioned) -> None:
         """Makes what was read this node's knowledge, durably, then an event."""
