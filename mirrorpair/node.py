@@ -141,14 +141,17 @@ class Node:
         self._core.stopping.set()
         self._core.drained.clear()
         self._core.post(StopEvent())
+        durable = True
         if self._core.state.phase in PRIMARY:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(DRAIN_S):
                     await self._core.drained.wait()
+            # What could not be drained may be here and not at a peer that the register takes for equal: a crash.
+            durable = self._core.drained.is_set() and not self._core.drain_failed
         # From here on nothing is decided: a link that the peer drops now must not look like a loss.
         self._core.quiet = True
         await self._nbd.close()
-        durable = True
+        self._core.engine.close_clients(graceful=False)
         if self._core.peer_link.connected:
             try:
                 await self._core.peer_link.ask(LeaveAsk(role=self._core.state.role), LEAVE_S)
@@ -157,7 +160,6 @@ class Node:
                     log.info("%s stops at the same moment, and needs no word", self._core.peer.name)
                 else:
                     log.warning("%s was not told that this node stops: %s", self._core.peer.name, error)
-        self._core.engine.close_clients(graceful=False)
         self._core.engine.detach_link()
         self._core.link = None
         failure = await self._core.token(self._core.engine.save, DRAIN_S)

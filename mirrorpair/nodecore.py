@@ -59,6 +59,7 @@ from mirrorpair.rolewords import (
     GenerationBegan,
     HangUp,
     LinkLost,
+    Phase,
     RecordChanged,
     State,
     Swapped,
@@ -163,6 +164,8 @@ class Core:
         self._tokens: dict[int, asyncio.Future[int]] = {}
         self._clients_closed = asyncio.Event()
         self.drained = asyncio.Event()
+        self.drain_failed = False
+        """something may be here that the peer lacks, though both are in the set"""
         self.quiet = False
         self.answer: asyncio.Future[Answer] | None = None
         self._admin = asyncio.Lock()
@@ -181,7 +184,7 @@ class Core:
     @property
     def record_version(self) -> int:
         """Of the register, as last seen."""
-        return self.register.copy.version if self.witness is None else self.witness.version
+        return self.register.copy.version if self.witness is None else self.witness.known[1]
 
     def incarnation(self) -> Incarnation:
         return Incarnation(id=self.open.value.incarnation_id, n=self.open.value.incarnation)
@@ -219,6 +222,8 @@ class Core:
             log.debug("%s", sentence)
         self.renew_grant()
         self._arm()
+        if self.witness is not None and state.phase is Phase.ALONE and before.phase is not Phase.ALONE:
+            self.witness.look_now()  # A1: each second from now on
         for action in actions:
             self._do(action)
         self.changed.set()
@@ -274,6 +279,7 @@ class Core:
 
     async def _drain(self) -> None:
         self._clients_closed.clear()
+        self.drain_failed = False
         self.engine.close_clients(graceful=True)
         try:
             async with asyncio.timeout(DRAIN_S):
@@ -283,6 +289,7 @@ class Core:
             self.engine.close_clients(graceful=False)
         error = await self.token(self.engine.barrier, DRAIN_S)
         if error:
+            self.drain_failed = True
             log.error("the last writes could not be made durable on both nodes: %s", os.strerror(error))
         self.drained.set()
         self.post(Drained())

@@ -207,6 +207,8 @@ class PeerSide:
         core = self._core
         if core.state.role == "primary" or core.state.phase is Phase.ACQUIRING or beat.epoch < core.state.epoch:
             return False
+        if core.peer_leaves:
+            return False
         return core.witness is None or (beat.role == "primary" and beat.epoch >= core.open.value.epoch_floor)
 
     def on_promise(self) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from mirrorpair.config import Config
     from mirrorpair.config import Node as NodeConfig
+    from mirrorpair.peercontrol import Control
     from mirrorpair.peerlink import PeerLink
     from mirrorpair.rolewords import Event, RoleName, State
     from mirrorpair.rolewords import Swap as SwapAction
@@ -58,6 +59,8 @@ class CoreLike(Protocol):
     state: State
     peer_link: PeerLink
     failed: asyncio.Event
+    stopping: asyncio.Event
+    quiet: bool
 
     def post(self, event: Event | Callable[[], Awaitable[None]]) -> None: ...
 
@@ -85,8 +88,8 @@ class WitnessSide:
         self.reachable = False
         """at the last request"""
         self._trouble: type | None = None
-        self.version = 0
-        """of the record that the state is made of; 0: none was read yet"""
+        self.known = (0, 0)
+        """epoch and version of the record that the state is made of; version 0: none was read yet"""
         self._wanted = asyncio.Event()
         self._one = asyncio.Lock()
 
@@ -101,7 +104,7 @@ class WitnessSide:
 
     def heard(self, epoch: int, version: int) -> None:
         """What the peer has seen."""
-        if epoch > self._core.state.epoch or (epoch == self._core.state.epoch and version > self.version):
+        if (epoch, version) > self.known:
             self.look_now()
 
     async def look(self) -> None:
@@ -115,7 +118,7 @@ class WitnessSide:
                     await self._take(record)
             alone = self._core.state.phase is Phase.ALONE
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ALONE_S if alone or not self.version else IDLE_S):
+                async with asyncio.timeout(ALONE_S if alone or not self.known[1] else IDLE_S):
                     await self._wanted.wait()
 
     async def _read(self, *, however_old: bool = False) -> Versioned:
@@ -144,9 +147,9 @@ class WitnessSide:
 
     async def _take(self, record: Versioned) -> None:
         """Makes what was read this node's knowledge, durably, then an event."""
-        if record.version == self.version:
-            return
         register = record.register
+        if (register.epoch, record.version) == self.known:
+            return
         mine = register.primary == self._core.name and self._core.state.role == "primary"
         await self._learned(record, "primary" if mine else "secondary", settled=self._core.settled)
         self._core.post(RecordChanged(register.epoch, register.primary, register.in_sync))
@@ -158,21 +161,25 @@ class WitnessSide:
                 lambda: self._core.open.learned(epoch=epoch, version=version, role=role, settled=settled)
             )
         except MirrorpairError:
+            # Nothing follows any more from what is not durable.
+            self._core.quiet = True
             self._core.failed.set()
             raise
-        self.version = version
+        self.known = (epoch, version)
 
     # --- changing
 
     async def swap(self, action: SwapAction) -> None:
+        peer = self._core.peer_link.control
         async with self._one:
             try:
-                event = await self._swap(action)
+                event = await self._swap(action, peer)
             except MirrorpairError as error:
-                event = Swapped(action, False, str(error), code=error.exit_code)
+                event = Swapped(action, False, str(error), unknown=True, code=error.exit_code)
         self._core.post(event)
 
-    async def _swap(self, action: SwapAction) -> Swapped:
+    async def _swap(self, action: SwapAction, peer: Control | None) -> Swapped:
+        """`peer`: its session when the swap was decided; who enters the set is who was found equal in it."""
         if action.purpose in ACQUISITIONS:
             if (obstacle := self._core.open.obstacle()) is not None:
                 return Swapped(action, False, obstacle, code=FAILED)
@@ -182,8 +189,10 @@ class WitnessSide:
         unknown = False
         why: MirrorpairError = UnreachableError("the witness was not asked")
         for _ in range(ATTEMPTS):
-            if action.needs_peer and action.purpose == "expand" and not self._core.peer_link.connected:
+            if action.purpose == "expand" and (peer is None or self._core.peer_link.control is not peer):
                 return Swapped(action, False, f"{self._core.peer.name} is not connected any more", unknown=unknown)
+            if action.purpose in ACQUISITIONS and self._core.stopping.is_set():
+                return Swapped(action, False, f"{self._core.name} is stopping", unknown=unknown)
             try:
                 record = await self._read(however_old=action.overrides)
                 read = self._as_read(record, nonces)
@@ -191,7 +200,7 @@ class WitnessSide:
                     await self._take(record)
                     return Swapped(action, False, reason, code=WRONG_ROLE)
                 await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
-                new = self._successor(action, record.register)
+                new = self._successor(action, record, peer)
                 assert new.writer is not None
                 nonces.add(new.writer.nonce)
                 result = await self._register.cas(record.version, new)
@@ -232,17 +241,20 @@ class WitnessSide:
             own=writer is not None and writer.node == self._core.name and writer.nonce in nonces,
         )
 
-    def _successor(self, action: SwapAction, old: Register) -> Register:
+    def _successor(self, action: SwapAction, record: Versioned, peer: Control | None) -> Register:
+        old = record.register
         members = {**old.members, self._core.name: self._core.incarnation()}
-        control = self._core.peer_link.control
-        if action.purpose == "expand" and control is not None and control.hello is not None:
-            members[self._core.peer.name] = control.hello.incarnation
+        if action.purpose == "expand" and peer is not None and peer.hello is not None:
+            members[self._core.peer.name] = peer.hello.incarnation
+        in_sync = action.in_sync
+        if action.purpose == "raise" and (old.epoch, record.version) >= self._register.seen:
+            in_sync = None  # the record is there, and says it better
         return msgspec.structs.replace(
             old,
             pair_uuid=self._core.open.value.pair_uuid or old.pair_uuid,
             epoch=action.epoch,
             primary=action.primary,
-            in_sync=old.in_sync if action.in_sync is None else action.in_sync,
+            in_sync=old.in_sync if in_sync is None else in_sync,
             members=members,
             mode=self._core.config.mode,
             writer=Writer(node=self._core.name, nonce=secrets.randbits(48)),

@@ -163,7 +163,14 @@ def _acquire(
     """A4: always a new epoch, above everything seen."""
     epoch = max(state.epoch, state.peer_epoch) + 1
     swap = Swap(purpose, epoch, state.me, in_sync, state.peer_up, overrides, forced)
-    changed = _set(state, phase=Phase.ACQUIRING, deadline_ns=None, answering=purpose == "promote", asked=swap)
+    changed = _set(
+        state,
+        phase=Phase.ACQUIRING,
+        deadline_ns=None,
+        answering=purpose == "promote",
+        asked=swap,
+        released=False,
+    )
     return Step(changed, (swap,), f"{state.me} takes epoch {epoch}: {why}")
 
 
@@ -271,6 +278,8 @@ def _returning_meets(state: State, event: Event, now: int) -> Step:
 def _take_back(state: State) -> Step:
     """A4, arbitrated: the register names this node, which does not serve: it was started anew, or a swap of its own
     landed after all (A0). The swap is the judge if the peer wants the role at the same moment."""
+    if state.released:
+        return _stay(state, f"{state.me} was demoted by a person; the register does not know it yet")
     if state.peer_up and state.peer_role == "primary":
         return _yield(state)
     if state.boot_lost and state.peer in state.in_sync:
@@ -311,7 +320,7 @@ def _watches(state: State, at_ns: int) -> State:
 def _secondary_tick(state: State, event: Event, now: int) -> Step:
     if state.deadline_ns is None or now < state.deadline_ns:
         return _stay(state)
-    if state.arbitrated and not (state.linked and state.equal):
+    if state.arbitrated and (state.primary is not None or not (state.linked and state.equal)):
         return _take_over(state, now)
     return _expand_again(state, event, now)
 
@@ -473,6 +482,7 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
         primary=event.primary,
         in_sync=event.in_sync,
         equal=state.equal and event.epoch == state.epoch,
+        released=state.released and event.primary == state.me,
     )
     sentence = (
         f"the record says: {event.primary or 'nobody'} is primary of epoch {event.epoch}, "
@@ -500,7 +510,13 @@ def _primary_record_changed(state: State, event: Event, now: int) -> Step:
     if event.primary != state.me:
         lost = _lost_role(state, event)
         return lost._replace(state=_watches(lost.state, max(now + state.suspect_ns, state.bound_until_ns)))
-    return _record_changed(state, event, now)
+    changed = _record_changed(state, event, now)
+    if event.epoch > state.epoch:  # a raise of which nothing was known has landed
+        return _new_epoch(changed.state, now)
+    if changed.state.arbitrated and changed.state.phase is Phase.PAIRED:
+        expanded = _expand(changed.state)  # a shrink of which nothing was known may have landed
+        return Step(expanded.state, expanded.actions, changed.sentence)
+    return changed
 
 
 def _returning_record_changed(state: State, event: Event, now: int) -> Step:
@@ -572,9 +588,11 @@ def given_up(state: State) -> str:
     return f"; what only {state.peer} has is given up" if lacks else ""
 
 
-def _is_primary(state: State, event: Event, _now: int) -> Step:
+def _is_primary(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Promote)
-    if state.arbitrated and event.accept_data_loss and not state.raising and not state.draining:
+    if state.arbitrated and event.accept_data_loss:
+        if state.phase is Phase.SHRINKING or state.raising or state.draining:
+            return _busy(state, event, now)
         # F17: the register was lost, or restored from an older copy, and a person wants it made anew from here.
         swap = Swap("raise", state.epoch + 1, state.me, state.in_sync, overrides=True)
         why = f"{state.me} is primary already; a person has the register made anew from what it knows"
@@ -648,12 +666,10 @@ def _peer_floor(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, PeerFloor)
     if not state.arbitrated or state.raising or event.floor <= state.epoch or state.releasing:
         return _stay(state)
-    swap = Swap("raise", event.floor, state.me, None)
-    return Step(
-        _set(state, raising=True),
-        (swap,),
-        f"{state.peer} has asked for epoch {event.floor}: {state.me} takes it itself",
-    )
+    # One more: the peer may have seen that epoch with a record that was lost since (F17).
+    swap = Swap("raise", event.floor + 1, state.me, None)
+    why = f"{state.peer} has asked for epoch {event.floor}: {state.me} takes the next one"
+    return Step(_set(state, raising=True), (swap,), why)
 
 
 def _raised(state: State, event: Swapped, now: int) -> Step:
@@ -662,12 +678,16 @@ def _raised(state: State, event: Swapped, now: int) -> Step:
     if not event.ok:
         sentence = f"{state.me} stays at epoch {state.epoch}: {event.why}"
         return Step(state, (Answer(event.code, sentence),) if answered else (), sentence)
-    sentence = f"{state.me} is primary of epoch {state.epoch} now"
-    actions = (*((Answer(0, sentence),) if answered else ()), DropLink("the epoch was raised"))
+    done = _new_epoch(state, now)
+    return done._replace(actions=(*((Answer(0, done.sentence),) if answered else ()), *done.actions))
+
+
+def _new_epoch(state: State, now: int) -> Step:
+    """A primary's own: frames of the older epoch are refused, so the link is made anew (A5)."""
     if state.phase is Phase.PAIRED:
-        # Frames of the older epoch would be refused: the link is made anew.
-        state = _set(state, phase=Phase.WAITING, equal=False, deadline_ns=now + state.suspect_ns)
-    return Step(_set(state, linked=False), actions, sentence)
+        state = _set(state, phase=Phase.WAITING, deadline_ns=now + state.suspect_ns)
+    changed = _set(state, linked=False, equal=False)
+    return Step(changed, (DropLink("the epoch was raised"),), f"{state.me} is primary of epoch {state.epoch} now")
 
 
 def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
@@ -675,13 +695,14 @@ def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
     if event.swap.purpose != "shrink":
         return _swapped(state, event, now)  # of one that was asked for before
     if not event.ok:
-        waiting = _set(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
-        if state.linked and state.arbitrated and event.unknown:
-            # A0: it may still land. The peer is required, and the swap that takes it in again decides.
+        if event.unknown and state.arbitrated:
+            # A0: it may still land. The peer is required, and the swap that takes it in again, or out, decides.
             state = _set(state, in_sync=(state.me,), expanding="unknown")
-            again = _expand(_paired(state, "").state)
-            sentence = f"{state.peer} is linked, and may or may not be in the set ({event.why})"
-            return Step(again.state, again.actions, sentence)
+            if state.linked:
+                again = _expand(_paired(state, "").state)
+                sentence = f"{state.peer} is linked, and may or may not be in the set ({event.why})"
+                return Step(again.state, again.actions, sentence)
+        waiting = _set(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
         if state.linked:
             return _paired(state, f"{state.peer} stays in the set ({event.why}) and is linked")
         return Step(waiting, (), f"{state.peer} could not be taken out of the set: {event.why}; again soon")
@@ -718,7 +739,10 @@ def _swapped(state: State, event: Event, now: int) -> Step:
         )
     # A0: if it is not known, the peer may be primary next. No client is left, so nothing is lost by leaving.
     message = f"{state.me} is secondary: it gave the role up in epoch {state.epoch}"
-    message += f", which {state.peer} may not know: {event.why}" if event.unknown else ""
+    unsure = event.unknown and state.arbitrated
+    if event.unknown:
+        where = "the register" if unsure else state.peer
+        message += f", which {where} may not know: {event.why}"
     changed = _set(
         state,
         phase=Phase.SECONDARY,
@@ -728,8 +752,10 @@ def _swapped(state: State, event: Event, now: int) -> Step:
         deadline_ns=None,
         linked=False,
         equal=False,
+        released=unsure,
     )
-    return Step(changed, (*((Answer(0, message),) if answered else ()), DropLink("the roles changed")), message)
+    code = FAILED if unsure else 0
+    return Step(changed, (*((Answer(code, message),) if answered else ()), DropLink("the roles changed")), message)
 
 
 def _is_secondary(state: State, _event: Event, _now: int) -> Step:

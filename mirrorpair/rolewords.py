@@ -86,6 +86,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """a swap that takes the peer into the set is under way, or may have happened: the peer is required (A2)"""
     draining: bool = False
     releasing: bool = False
+    released: bool = False
+    """arbitrated: a person has demoted it, and whether the register knows it is not known"""
     stopping: bool = False
     answering: bool = False
     """a person waits for the outcome of a promotion or demotion"""

@@ -111,6 +111,8 @@ def swap(purpose: Any, epoch: int, primary: str | None = "alpha", **changes: Any
         (swap("raise", 9), Read(7, "alpha", BOTH), None),
         (swap("raise", 9), Read(7, "beta", BOTH), "beta is primary"),
         (swap("raise", 9), Read(9, "alpha", BOTH), "primary of epoch 9"),
+        (swap("raise", 9, overrides=True), Read(0, None, ()), None),
+        (swap("raise", 9, overrides=True), Read(9, "beta", BOTH), "primary of epoch 9"),
         (swap("shrink", 7), Read(7, "alpha", BOTH), None),
         (swap("shrink", 7), Read(8, "beta", ("beta",)), "beta is primary of epoch 8"),
         (swap("shrink", 7), Read(8, "alpha", BOTH), "alpha is primary of epoch 8"),

@@ -26,6 +26,7 @@ from mirrorpair.errors import MirrorpairError, PeerError, PeerProtocolError, Pee
 from mirrorpair.witness import MAX_LINE, PREAMBLE, ReadRequest, decode_reply, decode_request, encode_line
 from mirrorpair.witness.client import StaleRecordError, WitnessRegister
 from mirrorpair.witness.server import WitnessServer
+from mirrorpair.witness.store import MAX_PAIRS, Store
 
 if TYPE_CHECKING:
     import random
@@ -420,6 +421,21 @@ def test_a_thousand_pairs_at_once(witness: Witness) -> None:
     asyncio.run(run())
     assert len(list(witness.records.glob("*.record"))) == 1000
     assert witness.terminate() == 0
+
+
+def test_names_that_are_only_asked_for_take_up_no_place(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = Store(str(tmp_path / "records"))
+        try:
+            for number in range(MAX_PAIRS + 1):
+                assert (await store.read(f"invented-{number}")).version == 0
+            swaps = await asyncio.gather(*(store.cas("shop", 0, record(1)) for _ in range(20)), store.read("shop"))
+            assert swaps.count(Swap.OK) == 1
+            assert (await store.read("shop")).version == 1
+        finally:
+            await store.close()
+
+    asyncio.run(run())
 
 
 def test_a_record_of_the_greatest_size_travels_and_a_longer_one_is_refused(witness: Witness) -> None:

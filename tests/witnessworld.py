@@ -260,6 +260,7 @@ class World:
         self.acked: set[int] = set()
         self.nonces = itertools.count(1)
         self.numbers = itertools.count(1)
+        self.told = False
         self.acquisitions = 0
         self.node: dict[str, Machine] = {}
         self.witness = Witness(self)
@@ -356,10 +357,12 @@ class World:
             source.other.sound = False
         for machine in self.machines:
             machine.inbox.append(LinkUp())
+        self.told = False
 
     def resync(self) -> None:
-        if not self.link or any(machine.inbox for machine in self.machines):
+        if not self.link or self.told or any(machine.inbox for machine in self.machines):
             return
+        self.told = True  # once for each link, as the nodes do
         target = self.source.other
         target.data = set(self.source.data)
         target.flushed, target.sound = set(target.data), True
@@ -415,6 +418,7 @@ class World:
             "write": 15,
             "start": 4,
             "alone": 4,
+            "idle": 0.3,
         }
         if self.faults:
             kinds |= {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1}
@@ -440,7 +444,7 @@ class World:
             self.write()
         elif kind == "start" and not machine.up:
             machine.start()
-        elif kind == "alone" and machine.state.phase is Phase.ALONE:
+        elif kind == "idle" or (kind == "alone" and machine.state.phase is Phase.ALONE):
             machine.look = True
         elif kind == "late" and self.witness.late:
             self.witness.cas(*self.witness.late.pop(rng.randrange(len(self.witness.late))))

@@ -102,6 +102,8 @@ def check_successor(old: Register, new: Register) -> str | None:
     """Why `new` may not follow `old`, or None."""
     if new.format < old.format:
         return "the format would go back"
+    if new.format > FORMAT:
+        return f"format {new.format} is not known here"
     if old.pair_uuid and new.pair_uuid != old.pair_uuid:
         return "it is the record of another pair"
     if new.epoch < old.epoch:

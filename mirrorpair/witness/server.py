@@ -141,9 +141,9 @@ class WitnessServer:
                 self._turns += 1
                 client.turn, client.busy = self._turns, True
                 reply = await self._answer(request)
+                client.busy = False
                 client.writer.write(encode_line(reply))
                 await client.writer.drain()
-                client.busy = False
         except PeerProtocolError as error:
             self._note(str(error))
         except ValueError:  # asyncio's own: a line that never ends

@@ -39,6 +39,8 @@ class _Record:
     def __init__(self, path: str, owner: str) -> None:
         self.path, self.owner = path, owner
         self.lock = asyncio.Lock()
+        self.users = 0
+        """who has it in hand: there is never a second one of this pair beside it"""
         self.value: Versioned | None = None
 
 
@@ -64,11 +66,13 @@ class Store:
 
     async def read(self, pair: str) -> Versioned:
         """ImageError: the storage failed. RefusedError: the file is damaged, or there are too many pairs."""
-        return await self._finished(self._read(self._record(pair)))
+        record = self._record(pair)
+        return await self._finished(record, self._read(record))
 
     async def cas(self, pair: str, version: int, new: Register) -> Swap:
         """OK or CONFLICT. Raises as `read`, and ImageError also when nobody knows whether it has happened."""
-        return await self._finished(self._cas(self._record(pair), version, new))
+        record = self._record(pair)
+        return await self._finished(record, self._cas(record, version, new))
 
     async def close(self) -> None:
         """Waits for what has begun."""
@@ -110,14 +114,19 @@ class Store:
             self._records[pair] = _Record(f"{self._folder}/{pair}.record", pair)
         return self._records[pair]
 
-    async def _finished(self, work: Coroutine[Any, Any, _T]) -> _T:
+    async def _finished(self, record: _Record, work: Coroutine[Any, Any, _T]) -> _T:
         """The caller may be cancelled, the work is not: a second write must not begin beside it."""
         task = asyncio.get_running_loop().create_task(work)
         self._work.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
+        record.users += 1
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._work.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever asked may have gone
+        def ended(task: asyncio.Task[_T]) -> None:
+            self._work.discard(task)
+            record.users -= 1
+            if not record.users and record.value is not None and not record.value.version:
+                del self._records[record.owner]  # a name under which nothing was ever written
+            if not task.cancelled():
+                task.exception()  # whoever asked may have gone
+
+        task.add_done_callback(ended)
+        return await asyncio.shield(task)
