@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from witnessside import Witness
@@ -23,7 +24,6 @@ from mirrorpair.nbdclient import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from mirrorpair.nbdclient import NbdClient
     from mirrorpair.status import Status
@@ -133,6 +133,14 @@ class Daemon:
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
         os.kill(self.process.pid, number)
+
+    def freeze(self) -> None:
+        """SIGSTOP; when this returns, none of its threads runs any more."""
+        self.signal(signal.SIGSTOP)
+        assert self.process is not None
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        while any((task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in tasks.iterdir()):
+            os.sched_yield()
 
     def log(self) -> str:
         with contextlib.suppress(FileNotFoundError):

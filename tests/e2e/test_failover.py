@@ -81,13 +81,13 @@ def test_it_goes_to_and_fro(pair: Pair, model: Model) -> None:
 def test_f1_a_frozen_primary_is_replaced_acknowledges_nothing_and_comes_back_as_target(
     pair: Pair, model: Model
 ) -> None:
-    """A10: the answer that its client waits for is lost with the role, and may or may not have happened."""
+    """A10: what its clients ask for while it is frozen is neither answered nor done."""
     pair.up()
     serve(pair.alpha, model)
     outcome: list[object] = []
     with pair.alpha.client() as client:
         client.read(0, 4096)
-        pair.alpha.signal(signal.SIGSTOP)
+        pair.alpha.freeze()
 
         def write() -> None:
             try:
