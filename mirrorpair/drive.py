@@ -15,6 +15,7 @@ from collections.abc import Callable
 import msgspec
 
 from mirrorpair import _core
+from mirrorpair.interrupts import Hold
 from mirrorpair.report import Meter, Progress, Ranges
 
 LOOK_S = 0.1  # how often the caller hears of it; the helper's end is noticed at once
@@ -42,12 +43,15 @@ def drive(
     tail: tuple[int, int] = (0, 0),
     stopping: Callable[[], bool] | None = None,
     stop_s: float = STOP_S,
+    hold: Hold | None = None,
 ) -> Run:
     """Waits for `helper`, which is ended when this returns or raises. `stopping` is asked at every look.
 
     `tail` is a range (offset, length) that is known to differ and that the helper does not look at: it is told last,
-    when all before it has been looked at.
+    when all before it has been looked at. `hold` is the caller's, entered before the helper was started; interrupts
+    are let through while the helper is waited for.
     """
+    hold = hold or Hold()
     meter = Meter(time.monotonic())
     joined = Ranges()
     interrupted = False
@@ -61,16 +65,17 @@ def drive(
 
     try:
         try:
-            while not helper.poll(LOOK_S):
+            with hold.released():
+                while not helper.poll(LOOK_S):
+                    look()
+                    if stopping is not None and stopping():
+                        interrupted = True
+                        _stop(helper, stop_s, hold)
+                        break
                 look()
-                if stopping is not None and stopping():
-                    interrupted = True
-                    _stop(helper, stop_s)
-                    break
-            look()
         except KeyboardInterrupt:
             interrupted = True
-            _stop(helper, stop_s)
+            _stop(helper, stop_s, hold)
         counters, outcome = helper.progress(), helper.outcome()
         finished = outcome.status == _core.OUTCOME_OK
         if on_difference is not None:
@@ -89,13 +94,14 @@ def drive(
     )
 
 
-def _stop(helper: _core.Helper, stop_s: float) -> None:
+def _stop(helper: _core.Helper, stop_s: float, hold: Hold) -> None:
     deadline = time.monotonic() + stop_s
     try:
         helper.cancel()
-        while not helper.poll(LOOK_S):
-            if time.monotonic() >= deadline:
-                break
+        with hold.released():  # who cannot wait for that asks again
+            while not helper.poll(LOOK_S):
+                if time.monotonic() >= deadline:
+                    break
     except KeyboardInterrupt:
         pass
     helper.close()

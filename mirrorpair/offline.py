@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mirrorpair import _core
 from mirrorpair.drive import OnDifference, OnProgress, Run, drive
 from mirrorpair.errors import Interrupted
+from mirrorpair.interrupts import Hold
 from mirrorpair.outcome import AGAIN, Scene, error_of
 from mirrorpair.report import CompareResult, ResyncResult, blocks_between
 from mirrorpair.sides import (
@@ -71,9 +72,10 @@ def compare(
         larger = left if left.size > right.size else right
         tail = larger.size - size
         scene = _scene(left, right, options, writes=False)
-        helper = start_engine(left, right, options, size=size, write=False, recheck=False)
         differing_tail = 0 if larger.device else tail
-        run = drive(helper, progress=progress, on_difference=listen, tail=(size, differing_tail))
+        hold = stack.enter_context(Hold())
+        helper = start_engine(left, right, options, size=size, write=False, recheck=False, hold=hold)
+        run = drive(helper, progress=progress, on_difference=listen, tail=(size, differing_tail), hold=hold)
         counters = run.counters
         counted = differing_tail if run.finished else 0
         result = CompareResult(
@@ -99,7 +101,7 @@ def compare(
             f"{format_size(counters.differing_bytes)} of them differ",
             result,
         )
-        _conclude(run, scene, (left, right))
+        _conclude(run, hold, scene, (left, right))
     return result
 
 
@@ -146,9 +148,11 @@ def resync(
         scene = _scene(src, dst, options, writes=not dry_run)
         written = 0
         try:
-            helper = start_engine(src, dst, options, size=size, write=not dry_run, recheck=verify and not dry_run)
+            hold = stack.enter_context(Hold())
+            recheck = verify and not dry_run
+            helper = start_engine(src, dst, options, size=size, write=not dry_run, recheck=recheck, hold=hold)
             written = 1  # whatever ends drive() early has not been able to tell
-            run = drive(helper, progress=progress, on_difference=listen, tail=(size, growth))
+            run = drive(helper, progress=progress, on_difference=listen, tail=(size, growth), hold=hold)
             counters = run.counters
             written = counters.written_bytes + counters.punched_bytes
             counted = growth if run.finished else 0
@@ -160,7 +164,7 @@ def resync(
                 target_size=dst.found_size,
                 created=dst.created,
                 resized=not dst.device and not dst.created and dst.found_size != src.size,
-                verified=verify and run.finished and not dry_run,
+                verified=recheck and run.finished,
                 ignored_tail_bytes=dst.size - src.size if dst.device else 0,
                 done_bytes=counters.done_bytes,
                 skipped_bytes=counters.skipped_bytes,
@@ -179,7 +183,7 @@ def resync(
                 + ("nothing written (dry run)" if dry_run else f"{format_size(written)} written; {AGAIN}"),
                 result,
             )
-            _conclude(run, scene, (src, dst))
+            _conclude(run, hold, scene, (src, dst))
         except BaseException:
             if written == 0 and dst.image is not None and dst.image.created and not dry_run:
                 remove_created(dst.image)
@@ -211,12 +215,12 @@ def _scene(source: Side, target: Side, options: Options, *, writes: bool) -> Sce
     )
 
 
-def _conclude(run: Run, scene: Scene, sides: tuple[Side, Side]) -> None:
+def _conclude(run: Run, hold: Hold, scene: Scene, sides: tuple[Side, Side]) -> None:
     """Raises unless the run ended well. One that finished although somebody wanted it stopped did finish."""
     status = run.outcome.status
     if run.finished:
         return
-    if run.interrupted or status == _core.OUTCOME_CANCELLED:
+    if run.interrupted or hold.pending is not None or status == _core.OUTCOME_CANCELLED:
         raise KeyboardInterrupt
     ending = ""
     if status == _core.OUTCOME_PEER_GONE:

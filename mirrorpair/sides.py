@@ -30,6 +30,7 @@ from mirrorpair.unwritten import open_or_zeros, size_of
 if TYPE_CHECKING:
     from contextlib import ExitStack
 
+    from mirrorpair.interrupts import Hold
     from mirrorpair.remote import FarImage
 
 Location = str | os.PathLike[str]
@@ -202,9 +203,9 @@ def check_fit(target: Side, size: int, resize: bool) -> None:
 
 
 def start_engine(
-    source: Side, target: Side, options: Options, *, size: int, write: bool, recheck: bool
+    source: Side, target: Side, options: Options, *, size: int, write: bool, recheck: bool, hold: Hold
 ) -> _core.Helper:
-    """The engine, running. Whoever calls this drives it."""
+    """The engine, running. Whoever calls this drives it, within the same hold, so that no interrupt comes between."""
     ranges = not write  # both ends must agree, and the far one knows only `write`
     if source.image is not None and target.image is not None:
         return _core.Helper.local(
@@ -223,17 +224,17 @@ def start_engine(
     image = source.image or target.image
     assert far is not None
     assert image is not None
-    far.start(
-        Start(
-            size=size,
-            block_size=options.block_size,
-            seed=seed,
-            recheck=recheck,
-            rate=options.rate,
-            timeout=options.timeout,
-            threads=options.threads,
-        )
+    begin_far = Start(
+        size=size,
+        block_size=options.block_size,
+        seed=seed,
+        recheck=recheck,
+        rate=options.rate,
+        timeout=options.timeout,
+        threads=options.threads,
     )
+    with hold.released():  # its answer may take as long as the time limit
+        far.start(begin_far)
     begin = _core.Helper.source if source.image is not None else _core.Helper.target
     return begin(
         image.fd,

@@ -28,7 +28,7 @@ PURE_ROWS = [
 ROWS = [
     *PURE_ROWS,
     ["_core", "_linux"],
-    ["jsontypes", "linux", "service"],
+    ["interrupts", "jsontypes", "linux", "service"],
     ["address", "arbiter", "blockstack", "control", "identity", "newfile", "twofold"],
     ["config", "metadata"],
     ["admin", "drive", "image", "outcome", "transport"],
