@@ -33,15 +33,29 @@ Rules:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import msgspec
-
+from mirrorpair.rolesteps import (
+    Step,
+    acquire,
+    change,
+    expand,
+    expand_again,
+    give_way,
+    go_alone,
+    lose_link,
+    nothing,
+    pair_up,
+    readopt,
+    refuse,
+    shrink,
+    stay,
+    watch,
+)
 from mirrorpair.rolewords import (
     ACQUISITIONS,
     FAILED,
     PRIMARY,
-    REFUSED,
     SPLIT_BRAIN,
     WRONG_ROLE,
     Action,
@@ -64,7 +78,6 @@ from mirrorpair.rolewords import (
     PeerUp,
     Phase,
     Promote,
-    Purpose,
     RecordChanged,
     RoleName,
     Started,
@@ -75,15 +88,10 @@ from mirrorpair.rolewords import (
     Synced,
     Tick,
 )
+from mirrorpair.takeover import acquire_again, new_epoch, overtaken, peer_floor, raised, secondary_tick, take_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-class Step(NamedTuple):
-    state: State
-    actions: tuple[Action, ...]
-    sentence: str
 
 
 def mode_of(state: State) -> Mode:
@@ -119,14 +127,14 @@ def step(state: State, event: Event, now: int) -> Step:
         swap = event.swap
         # A0: whatever was unknown before, this one came after it.
         assert swap.in_sync is not None
-        state = _set(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding="no")
+        state = change(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding="no")
     handler = TABLE.get((state.phase, type(event)))
     if handler is None:
-        return Step(state, (), _nothing(state))
+        return Step(state, (), nothing(state))
     done = handler(state, event, now)
     if done.state.phase is Phase.ALONE and done.state.peer_in_sync:
         # A1, whatever led here: nobody but this node takes the peer in, and it answers writes that the peer lacks.
-        shrunk = _shrink(done.state, done.sentence)
+        shrunk = shrink(done.state, done.sentence)
         return Step(shrunk.state, (*done.actions, *shrunk.actions), shrunk.sentence)
     return done
 
@@ -134,79 +142,9 @@ def step(state: State, event: Event, now: int) -> Step:
 # --- pieces of decisions
 
 
-def _set(state: State, **changes: object) -> State:
-    return msgspec.structs.replace(state, **changes)
-
-
-def _nothing(state: State) -> str:
-    link = f"{state.peer} linked" if state.linked else f"no link with {state.peer}"
-    return f"no action: I am {state.me}, {state.role} ({state.phase.value}) of epoch {state.epoch}, {link}"
-
-
-def _stay(state: State, sentence: str = "") -> Step:
-    return Step(state, (), sentence or _nothing(state))
-
-
-def _refuse(state: State, message: str, retry_at_ns: int | None = None, *, code: int = REFUSED) -> Step:
-    return Step(state, (Answer(code, message, retry_at_ns),), f"refused: {message}")
-
-
-def _acquire(
-    state: State,
-    purpose: Purpose,
-    in_sync: tuple[str, ...],
-    why: str,
-    *,
-    overrides: bool = False,
-    forced: bool = False,
-) -> Step:
-    """A4: always a new epoch, above everything seen."""
-    epoch = max(state.epoch, state.peer_epoch) + 1
-    swap = Swap(purpose, epoch, state.me, in_sync, state.peer_up, overrides, forced)
-    changed = _set(
-        state,
-        phase=Phase.ACQUIRING,
-        deadline_ns=None,
-        answering=purpose == "promote",
-        asked=swap,
-        released=False,
-    )
-    return Step(changed, (swap,), f"{state.me} takes epoch {epoch}: {why}")
-
-
-def _lose_link(state: State, now: int, why: str) -> Step:
-    """The primary has no peer to send to. Who is not in the set is not waited for."""
-    state = _set(state, linked=False, equal=False)
-    if not state.peer_in_sync:
-        return _alone(state, f"{why}; {state.peer} is not in sync, so {state.me} goes on alone")
-    if state.peer_left:
-        return _shrink(state, f"{why}; {state.peer} stopped gracefully")
-    since = now if state.peer_up or state.last_heard_ns is None else state.last_heard_ns
-    deadline = max(now, since + state.suspect_ns)
-    return Step(
-        _set(state, phase=Phase.WAITING, deadline_ns=deadline),
-        (),
-        f"{why}; writes wait up to {(deadline - now) / 1e9:.2f} s for {state.peer} to come back",
-    )
-
-
-def _shrink(state: State, why: str) -> Step:
-    changed = _set(state, phase=Phase.SHRINKING, deadline_ns=None)
-    swap = Swap("shrink", state.epoch, state.me, (state.me,))
-    return Step(changed, (swap,), f"{why}; {state.me} takes {state.peer} out of the in-sync set")
-
-
-def _alone(state: State, why: str) -> Step:
-    return Step(_set(state, phase=Phase.ALONE, deadline_ns=None, alone_began=False), (), why)
-
-
-def _paired(state: State, why: str) -> Step:
-    return Step(_set(state, phase=Phase.PAIRED, linked=True, deadline_ns=None, peer_left=False), (), why)
-
-
 def _lost_role(state: State, event: RecordChanged) -> Step:
     was = state.role
-    changed = _set(
+    changed = change(
         state,
         phase=Phase.SECONDARY,
         epoch=event.epoch,
@@ -231,7 +169,7 @@ def _lost_role(state: State, event: RecordChanged) -> Step:
 def _started(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Started)
     crashed = event.was_primary and not event.clean
-    state = _set(
+    state = change(
         state,
         epoch=event.epoch,
         primary=event.primary,
@@ -241,135 +179,71 @@ def _started(state: State, event: Event, now: int) -> Step:
     )
     if event.primary != state.me:
         if event.obstacle is None:
-            state = _watches(_set(state, bound_until_ns=now + event.wait_ns), now + event.wait_ns)
-        return _stay(state, f"{state.me} starts as secondary of epoch {event.epoch}")
+            state = watch(change(state, bound_until_ns=now + event.wait_ns), now + event.wait_ns)
+        return stay(state, f"{state.me} starts as secondary of epoch {event.epoch}")
     if event.obstacle is not None:
-        return _stay(state, f"{state.me} was primary and does not take the role back: {event.obstacle}")
+        return stay(state, f"{state.me} was primary and does not take the role back: {event.obstacle}")
     if event.boot_lost and state.peer_in_sync:
-        return _stay(
+        return stay(
             state,
             f"{state.me} was primary and lost its boot; {state.peer} was in sync and may hold what was lost, so "
             f"{state.me} does not take the role back by itself",
         )
     return Step(
-        _set(state, phase=Phase.RETURNING, deadline_ns=now + event.wait_ns),
+        change(state, phase=Phase.RETURNING, deadline_ns=now + event.wait_ns),
         (),
         f"{state.me} was primary of epoch {event.epoch}; it looks for {state.peer} for {event.wait_ns / 1e9:.2f} s",
     )
-
-
-def _readopt(state: State, why: str) -> Step:
-    if state.stopping:
-        return _stay(state)
-    in_sync = (state.me,) if state.crashed or state.peer not in state.in_sync else state.in_sync
-    return _acquire(state, "readopt", in_sync, why)
 
 
 def _returning_meets(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerUp | PeerSaid)
     state = _note_peer(state, event, now)
     if state.peer_role == "primary":
-        return _yield(state)
+        return give_way(state)
     if isinstance(event, PeerSaid):
-        return _stay(state)
-    return _readopt(state, f"it was primary and {state.peer} is secondary")
-
-
-def _take_back(state: State) -> Step:
-    """A4, arbitrated: the register names this node, which does not serve: it was started anew, or a swap of its own
-    landed after all (A0). The swap is the judge if the peer wants the role at the same moment."""
-    if state.released:
-        return _stay(state, f"{state.me} was demoted by a person; the register does not know it yet")
-    if state.peer_up and state.peer_role == "primary":
-        return _yield(state)
-    if state.boot_lost and state.peer in state.in_sync:
-        return _stay(
-            state,
-            f"{state.me} was primary and lost its boot; {state.peer} is in sync and may hold what was lost, so "
-            f"{state.me} does not take the role back by itself",
-        )
-    return _readopt(state, "the register names it")
-
-
-def _take_over(state: State, now: int) -> Step:
-    """A3, A11, arbitrated: the primary of record is silent, or there without its role. Whether a promise to it binds is
-    looked at once more within the swap: it may have just become primary, and this node not have heard of it yet."""
-    if state.stopping or (state.peer_up and state.peer_role == "primary"):
-        return _stay(_set(state, deadline_ns=None))
-    if not state.peer_up and now < state.bound_until_ns:
-        return _stay(_set(state, deadline_ns=state.bound_until_ns))
-    later = _set(state, deadline_ns=now + state.suspect_ns)
-    if state.primary == state.me:
-        done = _take_back(state)
-        return done if done.actions else _stay(later, done.sentence)
-    if state.primary is None:
-        return _stay(_set(state, deadline_ns=None))  # a person has to promote one; or it is not known yet
-    if state.boot_lost:
-        return _stay(later, f"{state.me} lost its boot: it takes nothing over before it has what {state.peer} has")
-    lost = f"{state.peer} is there without the role" if state.peer_up else f"{state.peer} is silent"
-    return _acquire(state, "takeover", (state.me,), lost)
-
-
-def _watches(state: State, at_ns: int) -> State:
-    """Arbitrated: looks at that time whether there is something to take over."""
-    if not state.arbitrated or state.phase is not Phase.SECONDARY:
-        return state
-    return _set(state, deadline_ns=None if state.peer_up and state.peer_role == "primary" else at_ns)
-
-
-def _secondary_tick(state: State, event: Event, now: int) -> Step:
-    if state.deadline_ns is None or now < state.deadline_ns:
-        return _stay(state)
-    if state.arbitrated and (state.primary is not None or not (state.linked and state.equal)):
-        return _take_over(state, now)
-    return _expand_again(state, event, now)
-
-
-def _yield(state: State) -> Step:
-    return _stay(
-        _set(state, phase=Phase.SECONDARY, deadline_ns=None),
-        f"{state.peer} is primary of epoch {state.peer_epoch}: {state.me} does not take the role back",
-    )
+        return stay(state)
+    return readopt(state, f"it was primary and {state.peer} is secondary")
 
 
 def _returning_waited(state: State, _event: Event, now: int) -> Step:
     if state.deadline_ns is None or now < state.deadline_ns:
-        return _stay(state)
+        return stay(state)
     if state.peer_up:
-        return _yield(state) if state.peer_role == "primary" else _readopt(state, f"{state.peer} is secondary")
+        return give_way(state) if state.peer_role == "primary" else readopt(state, f"{state.peer} is secondary")
     if state.sole:
-        return _readopt(state, f"it was primary, is the only one in sync, and {state.peer} is not there")
+        return readopt(state, f"it was primary, is the only one in sync, and {state.peer} is not there")
     if state.survivor == "secondary":
-        return _stay(
-            _set(state, deadline_ns=None),
+        return stay(
+            change(state, deadline_ns=None),
             f"{state.me} was primary; {state.peer} may have taken over in silence, so it is waited for",
         )
     if not state.crashed:
-        return _stay(
-            _set(state, phase=Phase.SECONDARY, deadline_ns=None),
+        return stay(
+            change(state, phase=Phase.SECONDARY, deadline_ns=None),
             f"{state.me} stopped cleanly while {state.peer} was in sync, and {state.peer} may have been promoted "
             f"since: {state.me} does not take the role back alone",
         )
-    return _readopt(state, f"it was primary and {state.peer} is not there")
+    return readopt(state, f"it was primary and {state.peer} is not there")
 
 
 def _note_peer(state: State, event: PeerUp | PeerSaid, now: int) -> State:
     if state.peer_left and isinstance(event, PeerSaid):
         # A beat behind the farewell says nothing new: only a new session makes the peer one that has not left.
-        return _set(state, last_heard_ns=now)
-    return _set(state, peer_up=True, peer_role=event.role, peer_epoch=event.epoch, peer_left=False, last_heard_ns=now)
+        return change(state, last_heard_ns=now)
+    return change(state, peer_up=True, peer_role=event.role, peer_epoch=event.epoch, peer_left=False, last_heard_ns=now)
 
 
 def _peer_up(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerUp | PeerSaid)
-    return _stay(
-        _watches(_note_peer(state, event, now), now + state.suspect_ns),
+    return stay(
+        watch(_note_peer(state, event, now), now + state.suspect_ns),
         f"{state.peer} is there: {event.role} of epoch {event.epoch}",
     )
 
 
 def _forget_peer(state: State, event: PeerDown) -> State:
-    return _set(
+    return change(
         state,
         peer_up=False,
         peer_role=None,
@@ -382,8 +256,8 @@ def _peer_down(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, PeerDown)
     was = state.linked
     drop = (DropLink(event.why),) if was else ()
-    gone = _set(_forget_peer(state, event), linked=False, equal=False)
-    return Step(_watches(gone, max(now, event.bound_until_ns)), drop, event.why)
+    gone = change(_forget_peer(state, event), linked=False, equal=False)
+    return Step(watch(gone, max(now, event.bound_until_ns)), drop, event.why)
 
 
 def _primary_loses_peer(state: State, event: Event, now: int) -> Step:
@@ -391,92 +265,73 @@ def _primary_loses_peer(state: State, event: Event, now: int) -> Step:
     was = state.linked
     state = _forget_peer(state, event)
     if not was:
-        return _stay(state, event.why)
-    lost = _lose_link(state, now, event.why)
+        return stay(state, event.why)
+    lost = lose_link(state, now, event.why)
     return Step(lost.state, (DropLink(event.why), *lost.actions), lost.sentence)
 
 
 def _peer_left(state: State, _event: Event, now: int) -> Step:
     """The session goes on until its connection ends; the promise to it is void (A11)."""
-    state = _set(state, peer_left=True, peer_role="secondary")
+    state = change(state, peer_left=True, peer_role="secondary")
     why = f"{state.peer} stops gracefully"
     if state.phase not in PRIMARY:
-        return Step(_set(state, linked=False, equal=False), (DropLink(why),), why)
+        return Step(change(state, linked=False, equal=False), (DropLink(why),), why)
     if state.phase in (Phase.ALONE, Phase.SHRINKING):
-        return Step(_set(state, linked=False, equal=False), (DropLink(why),), why)
-    lost = _lose_link(state, now, why)
+        return Step(change(state, linked=False, equal=False), (DropLink(why),), why)
+    lost = lose_link(state, now, why)
     return Step(lost.state, (DropLink(why), *lost.actions), lost.sentence)
 
 
 def _link_up(state: State, _event: Event, _now: int) -> Step:
-    return _stay(_set(state, linked=True), f"{state.me} and {state.peer} are linked")
+    return stay(change(state, linked=True), f"{state.me} and {state.peer} are linked")
 
 
 def _primary_link_up(state: State, _event: Event, _now: int) -> Step:
-    return _paired(state, f"{state.peer} is linked: writes go to both")
+    return pair_up(state, f"{state.peer} is linked: writes go to both")
 
 
 def _shrinking_link_up(state: State, _event: Event, _now: int) -> Step:
     """The swap is on its way and may have happened: until its outcome is known nothing is answered alone."""
-    return _stay(_set(state, linked=True), f"{state.peer} is linked again while it is being taken out of the set")
+    return stay(change(state, linked=True), f"{state.peer} is linked again while it is being taken out of the set")
 
 
 def _link_lost(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, LinkLost)
-    return _stay(_set(state, linked=False, equal=False), event.why)
+    return stay(change(state, linked=False, equal=False), event.why)
 
 
 def _primary_link_lost(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, LinkLost)
-    return _lose_link(state, now, event.why)
+    return lose_link(state, now, event.why)
 
 
 def _waited(state: State, _event: Event, now: int) -> Step:
     if state.deadline_ns is None or now < state.deadline_ns:
-        return _stay(state)
+        return stay(state)
     if state.releasing:
-        return _stay(_set(state, deadline_ns=now + state.retry_ns), f"{state.me} is giving the role up")
+        return stay(change(state, deadline_ns=now + state.retry_ns), f"{state.me} is giving the role up")
     why = f"{state.peer} did not come back"
     if not state.peer_in_sync:
-        return _alone(state, f"{why}; {state.me} goes on alone")
+        return go_alone(state, f"{why}; {state.me} goes on alone")
     if state.survivor == "secondary" and not state.peer_left:
-        return _stay(
-            _set(state, phase=Phase.FROZEN, deadline_ns=None),
+        return stay(
+            change(state, phase=Phase.FROZEN, deadline_ns=None),
             f'{why}, and survivor = "secondary": {state.me} answers nothing until it is back',
         )
-    return _shrink(state, why)
+    return shrink(state, why)
 
 
 def _synced(state: State, _event: Event, _now: int) -> Step:
-    return _expand(_set(state, crashed=False, boot_lost=False, equal=True))
-
-
-def _expand(state: State) -> Step:
-    """Takes a linked, equal peer into the set, if this is the time for it."""
-    both = tuple(sorted((state.me, state.peer)))
-    if not state.equal or state.in_sync == both or state.expanding == "asked":
-        return _stay(state)
-    # Without a primary the link's source does it; where there is one, the set is the primary's alone.
-    if state.phase is not Phase.PAIRED and (state.phase is not Phase.SECONDARY or state.peer_role == "primary"):
-        return _stay(state)
-    swap = Swap("expand", state.epoch, state.primary, both, needs_peer=True)
-    changed = _set(state, expanding="asked" if state.expanding == "no" else "unknown", deadline_ns=None)
-    return Step(changed, (swap,), f"{state.peer} has everything: it enters the in-sync set")
-
-
-def _expand_again(state: State, _event: Event, now: int) -> Step:
-    if state.deadline_ns is None or now < state.deadline_ns:
-        return _stay(state)
-    return _expand(_set(state, deadline_ns=None))
+    return expand(change(state, crashed=False, boot_lost=False, equal=True))
 
 
 def _caught_up(state: State, _event: Event, _now: int) -> Step:
-    return _stay(_set(state, crashed=False, boot_lost=False), f"{state.me} has the same data as {state.peer}")
+    return stay(change(state, crashed=False, boot_lost=False), f"{state.me} has the same data as {state.peer}")
 
 
 def _record_changed(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, RecordChanged)
-    changed = _set(
+    changed = change(
         state,
         epoch=event.epoch,
         primary=event.primary,
@@ -489,32 +344,28 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
         f"in sync: {', '.join(event.in_sync) or 'nobody'}"
     )
     if state.arbitrated:
-        if changed.phase is Phase.ACQUIRING and changed.deadline_ns is not None and _overtaken(changed):
-            changed = _set(changed, phase=Phase.SECONDARY, asked=None)  # whatever was on its way is too late now
+        if changed.phase is Phase.ACQUIRING and changed.deadline_ns is not None and overtaken(changed):
+            changed = change(changed, phase=Phase.SECONDARY, asked=None)  # whatever was on its way is too late now
         if changed.phase is Phase.SECONDARY and event.primary == state.me:
-            done = _take_back(changed)
-            return done if done.actions else _stay(_watches(done.state, now + state.suspect_ns), done.sentence)
+            done = take_back(changed)
+            return done if done.actions else stay(watch(done.state, now + state.suspect_ns), done.sentence)
         at = now + state.suspect_ns if changed.peer_up else max(now, changed.bound_until_ns)
-        return _stay(_watches(changed, at), sentence)
+        return stay(watch(changed, at), sentence)
     # The peer's own swap comes here before its next heartbeat does.
     theirs: RoleName | None = "primary" if event.primary == state.peer else "secondary"
-    return _stay(_set(changed, peer_role=theirs if state.peer_up else None), sentence)
-
-
-def _overtaken(state: State) -> bool:
-    return state.asked is None or state.epoch >= state.asked.epoch
+    return stay(change(changed, peer_role=theirs if state.peer_up else None), sentence)
 
 
 def _primary_record_changed(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, RecordChanged)
     if event.primary != state.me:
         lost = _lost_role(state, event)
-        return lost._replace(state=_watches(lost.state, max(now + state.suspect_ns, state.bound_until_ns)))
+        return lost._replace(state=watch(lost.state, max(now + state.suspect_ns, state.bound_until_ns)))
     changed = _record_changed(state, event, now)
     if event.epoch > state.epoch:  # a raise of which nothing was known has landed
-        return _new_epoch(changed.state, now)
+        return new_epoch(changed.state, now)
     if changed.state.arbitrated and changed.state.phase is Phase.PAIRED:
-        expanded = _expand(changed.state)  # a shrink of which nothing was known may have landed
+        expanded = expand(changed.state)  # a shrink of which nothing was known may have landed
         return Step(expanded.state, expanded.actions, changed.sentence)
     return changed
 
@@ -531,37 +382,37 @@ def _promote(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Promote)
     me, peer = state.me, state.peer
     if state.stopping:
-        return _refuse(state, f"{me} is stopping", code=FAILED)
+        return refuse(state, f"{me} is stopping", code=FAILED)
     if event.obstacle is not None:
-        return _refuse(state, event.obstacle)
+        return refuse(state, event.obstacle)
     if state.peer_up and state.peer_role == "primary":
         message = f"{peer} is primary of epoch {state.peer_epoch}: `mirrorpair demote` there first"
-        return _refuse(state, message, code=WRONG_ROLE)
+        return refuse(state, message, code=WRONG_ROLE)
     member, unknown = _member(state), _unknown(state)
     if not event.accept_data_loss:
         if event.divided is not None and state.peer_up:
-            return _refuse(state, event.divided, code=SPLIT_BRAIN)
+            return refuse(state, event.divided, code=SPLIT_BRAIN)
         if not member:
-            return _refuse(
+            return refuse(
                 state,
                 f"{me} is not in sync: {peer} has acknowledged writes that would be lost "
                 "(--accept-data-loss gives them up)",
             )
         if state.boot_lost and state.peer_in_sync:
-            return _refuse(
+            return refuse(
                 state,
                 f"{me} lost its boot, and {peer} may hold acknowledged writes that were lost with it: promote {peer}, "
                 f"or wait until {me} has them (--accept-data-loss gives them up)",
             )
         if unknown and not state.arbitrated:  # there the register says who has everything
-            return _refuse(
+            return refuse(
                 state,
                 f"{peer} is silent and may be serving: what it acknowledged alone would be lost "
                 "(--accept-data-loss gives it up)",
             )
     if unknown and now < event.bound_until_ns and not event.force:
         left = (event.bound_until_ns - now) / 1e9
-        return _refuse(
+        return refuse(
             state,
             f"{me} has promised {peer} not to take over for another {left:.1f} s (--force does not wait)",
             event.bound_until_ns,
@@ -569,7 +420,7 @@ def _promote(state: State, event: Event, now: int) -> Step:
     keeps = state.peer_up and state.peer_in_sync and member and not state.crashed and not state.boot_lost
     in_sync = tuple(sorted((me, peer))) if keeps else (me,)
     why = f"a person promotes it{given_up(state)}"
-    return _acquire(state, "promote", in_sync, why, overrides=event.accept_data_loss, forced=event.force)
+    return acquire(state, "promote", in_sync, why, overrides=event.accept_data_loss, forced=event.force)
 
 
 def _member(state: State) -> bool:
@@ -596,7 +447,7 @@ def _is_primary(state: State, event: Event, now: int) -> Step:
         # F17: the register was lost, or restored from an older copy, and a person wants it made anew from here.
         swap = Swap("raise", state.epoch + 1, state.me, state.in_sync, overrides=True)
         why = f"{state.me} is primary already; a person has the register made anew from what it knows"
-        return Step(_set(state, raising=True, answering=True), (swap,), why)
+        return Step(change(state, raising=True, answering=True), (swap,), why)
     message = f"{state.me} is primary already, of epoch {state.epoch}"
     return Step(state, (Answer(0, message),), message)
 
@@ -604,17 +455,17 @@ def _is_primary(state: State, event: Event, now: int) -> Step:
 def _frozen_promote(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, Promote)
     if not event.accept_data_loss:
-        return _refuse(
+        return refuse(
             state,
             f"{state.me} is primary but frozen: {state.peer} is silent and may have taken over "
             "(--accept-data-loss goes on alone)",
         )
-    shrunk = _shrink(state, "a person says that it may go on alone")
-    return Step(_set(shrunk.state, answering=True), shrunk.actions, shrunk.sentence)
+    shrunk = shrink(state, "a person says that it may go on alone")
+    return Step(change(shrunk.state, answering=True), shrunk.actions, shrunk.sentence)
 
 
 def _busy(state: State, _event: Event, _now: int) -> Step:
-    return _refuse(state, f"a change of roles is under way on {state.me}: try again", code=FAILED)
+    return refuse(state, f"a change of roles is under way on {state.me}: try again", code=FAILED)
 
 
 def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
@@ -622,72 +473,29 @@ def _swapped_acquiring(state: State, event: Event, now: int) -> Step:
     if event.swap.purpose not in ACQUISITIONS:
         return _swapped(state, event, now)  # of one that was asked for before
     answered = state.answering
-    state = _set(state, answering=False)
-    if not event.ok and event.unknown and state.arbitrated and not _overtaken(state):
+    state = change(state, answering=False)
+    if not event.ok and event.unknown and state.arbitrated and not overtaken(state):
         # A0, A13: it may still land. Nothing is promised until that is over, and no link is made.
         message = f"{state.me} may become primary or not: {event.why}"
         actions = (Answer(event.code, message),) if answered else ()
-        return Step(_set(state, deadline_ns=now + state.suspect_ns), actions, message)
-    state = _set(state, asked=None)
+        return Step(change(state, deadline_ns=now + state.suspect_ns), actions, message)
+    state = change(state, asked=None)
     if not event.ok:
         back = Phase.RETURNING if event.swap.purpose == "readopt" and not state.arbitrated else Phase.SECONDARY
         deadline = now + state.retry_ns if back is Phase.RETURNING else None
         message = f"{state.me} did not become primary: {event.why}"
         actions = (Answer(event.code, message),) if answered else ()
-        again = _watches(_set(state, phase=back, deadline_ns=deadline), now + state.suspect_ns)
+        again = watch(change(state, phase=back, deadline_ns=deadline), now + state.suspect_ns)
         return Step(again, actions, message)
-    state = _set(state, crashed=False, boot_lost=False, alone_began=False)
+    state = change(state, crashed=False, boot_lost=False, alone_began=False)
     message = f"{state.me} is primary of epoch {state.epoch}"
     answer: tuple[Action, ...] = (Answer(0, message),) if answered else ()
     if state.peer_up:
         # A new session, in which this end is the source.
-        waiting = _set(state, phase=Phase.WAITING, linked=False, equal=False, deadline_ns=now + state.suspect_ns)
+        waiting = change(state, phase=Phase.WAITING, linked=False, equal=False, deadline_ns=now + state.suspect_ns)
         return Step(waiting, (*answer, DropLink("the roles changed")), message)
-    alone = _alone(state, message) if not state.peer_in_sync else _lose_link(state, now, message)
+    alone = go_alone(state, message) if not state.peer_in_sync else lose_link(state, now, message)
     return Step(alone.state, (*answer, *alone.actions), alone.sentence)
-
-
-def _acquire_again(state: State, _event: Event, now: int) -> Step:
-    """Nothing is known of the last attempt. While the peer is there as primary, it is the one to end that (A13)."""
-    if state.deadline_ns is None or now < state.deadline_ns or state.asked is None:
-        return _stay(state)
-    if _overtaken(state):
-        back = _set(state, phase=Phase.SECONDARY, asked=None)
-        return _stay(_watches(back, now), f"epoch {state.epoch} is there: what {state.me} asked for is too late")
-    if state.peer_up and state.peer_role == "primary":
-        return _stay(_set(state, deadline_ns=now + state.suspect_ns))
-    return Step(
-        _set(state, deadline_ns=None), (state.asked,), f"{state.me} asks for epoch {state.asked.epoch} once more"
-    )
-
-
-def _peer_floor(state: State, event: Event, _now: int) -> Step:
-    """A13: above what the peer has asked for no late attempt of it can land, and it promises again."""
-    assert isinstance(event, PeerFloor)
-    if not state.arbitrated or state.raising or event.floor <= state.epoch or state.releasing:
-        return _stay(state)
-    # One more: the peer may have seen that epoch with a record that was lost since (F17).
-    swap = Swap("raise", event.floor + 1, state.me, None)
-    why = f"{state.peer} has asked for epoch {event.floor}: {state.me} takes the next one"
-    return Step(_set(state, raising=True), (swap,), why)
-
-
-def _raised(state: State, event: Swapped, now: int) -> Step:
-    answered = state.answering and event.swap.overrides
-    state = _set(state, raising=False, answering=state.answering and not answered)
-    if not event.ok:
-        sentence = f"{state.me} stays at epoch {state.epoch}: {event.why}"
-        return Step(state, (Answer(event.code, sentence),) if answered else (), sentence)
-    done = _new_epoch(state, now)
-    return done._replace(actions=(*((Answer(0, done.sentence),) if answered else ()), *done.actions))
-
-
-def _new_epoch(state: State, now: int) -> Step:
-    """A primary's own: frames of the older epoch are refused, so the link is made anew (A5)."""
-    if state.phase is Phase.PAIRED:
-        state = _set(state, phase=Phase.WAITING, deadline_ns=now + state.suspect_ns)
-    changed = _set(state, linked=False, equal=False)
-    return Step(changed, (DropLink("the epoch was raised"),), f"{state.me} is primary of epoch {state.epoch} now")
 
 
 def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
@@ -697,23 +505,23 @@ def _swapped_shrinking(state: State, event: Event, now: int) -> Step:
     if not event.ok:
         if event.unknown and state.arbitrated:
             # A0: it may still land. The peer is required, and the swap that takes it in again, or out, decides.
-            state = _set(state, in_sync=(state.me,), expanding="unknown")
+            state = change(state, in_sync=(state.me,), expanding="unknown")
             if state.linked:
-                again = _expand(_paired(state, "").state)
+                again = expand(pair_up(state, "").state)
                 sentence = f"{state.peer} is linked, and may or may not be in the set ({event.why})"
                 return Step(again.state, again.actions, sentence)
-        waiting = _set(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
+        waiting = change(state, phase=Phase.WAITING, deadline_ns=now + state.retry_ns)
         if state.linked:
-            return _paired(state, f"{state.peer} stays in the set ({event.why}) and is linked")
+            return pair_up(state, f"{state.peer} stays in the set ({event.why}) and is linked")
         return Step(waiting, (), f"{state.peer} could not be taken out of the set: {event.why}; again soon")
     message = f"{state.me} goes on alone in epoch {state.epoch}"
     answer = (Answer(0, message),) if state.answering else ()
-    state = _set(state, answering=False)
+    state = change(state, answering=False)
     if state.linked:
-        linked = _paired(state, f"{state.peer} is out of the set and linked: it enters again when it has everything")
-        again = _expand(linked.state)
+        linked = pair_up(state, f"{state.peer} is out of the set and linked: it enters again when it has everything")
+        again = expand(linked.state)
         return Step(again.state, (*answer, *again.actions), linked.sentence)
-    alone = _alone(state, message)
+    alone = go_alone(state, message)
     return Step(alone.state, answer, alone.sentence)
 
 
@@ -721,19 +529,19 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     """Of an expand, a release, or a raise."""
     assert isinstance(event, Swapped)
     if event.swap.purpose == "raise":
-        return _raised(state, event, now)
+        return raised(state, event, now)
     if event.swap.purpose == "expand" and not event.ok:
-        changed = _set(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
+        changed = change(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
         if changed.linked and changed.equal and changed.deadline_ns is None:
-            changed = _set(changed, deadline_ns=now + state.retry_ns)
-        return _stay(changed, f"{state.peer} is not known to be in the set: {event.why}")
+            changed = change(changed, deadline_ns=now + state.retry_ns)
+        return stay(changed, f"{state.peer} is not known to be in the set: {event.why}")
     if event.swap.purpose != "release":
-        return _stay(state, f"the in-sync set is {', '.join(state.in_sync)}")
+        return stay(state, f"the in-sync set is {', '.join(state.in_sync)}")
     answered = state.answering
     if not event.ok and not event.unknown:
         message = f"{state.me} stays primary: {event.why}"
         return Step(
-            _set(state, releasing=False, draining=False, answering=False),
+            change(state, releasing=False, draining=False, answering=False),
             (Answer(FAILED, message),) if answered else (),
             message,
         )
@@ -743,7 +551,7 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     if event.unknown:
         where = "the register" if unsure else state.peer
         message += f", which {where} may not know: {event.why}"
-    changed = _set(
+    changed = change(
         state,
         phase=Phase.SECONDARY,
         releasing=False,
@@ -765,7 +573,7 @@ def _is_secondary(state: State, _event: Event, _now: int) -> Step:
 
 def _returning_demote(state: State, _event: Event, _now: int) -> Step:
     message = f"{state.me} does not take the role back"
-    return Step(_set(state, phase=Phase.SECONDARY, deadline_ns=None), (Answer(0, message),), message)
+    return Step(change(state, phase=Phase.SECONDARY, deadline_ns=None), (Answer(0, message),), message)
 
 
 def _demote(state: State, event: Event, now: int) -> Step:
@@ -775,27 +583,27 @@ def _demote(state: State, event: Event, now: int) -> Step:
         # Nothing can be drained without the peer: the role is given up as it is.
         release = Swap("release", state.epoch, None, None)
         return Step(
-            _set(state, draining=True, releasing=True, answering=True), (HangUp(), release), "a person demotes it"
+            change(state, draining=True, releasing=True, answering=True), (HangUp(), release), "a person demotes it"
         )
-    return Step(_set(state, draining=True, answering=True), (Drain(),), f"a person demotes {state.me}: clients drain")
+    return Step(change(state, draining=True, answering=True), (Drain(),), f"a person demotes {state.me}: clients drain")
 
 
 def _drained(state: State, _event: Event, _now: int) -> Step:
     if not state.draining or state.releasing or state.stopping:
-        return _stay(state)
+        return stay(state)
     release = Swap("release", state.epoch, None, (state.me,) if state.phase is Phase.ALONE else None)
-    return Step(_set(state, releasing=True), (release,), "no client is left: the role is given up")
+    return Step(change(state, releasing=True), (release,), "no client is left: the role is given up")
 
 
 def _generation(state: State, _event: Event, _now: int) -> Step:
-    return _stay(_set(state, alone_began=True), f"{state.me} writes a generation of its own")
+    return stay(change(state, alone_began=True), f"{state.me} writes a generation of its own")
 
 
 def _stop(state: State, _event: Event, _now: int) -> Step:
     """A18. A primary drains first; what follows is the node's business, in order."""
     if state.phase in PRIMARY:
-        return Step(_set(state, stopping=True, draining=True), (Drain(),), f"{state.me} stops: clients drain")
-    return _stay(_set(state, stopping=True), f"{state.me} stops")
+        return Step(change(state, stopping=True, draining=True), (Drain(),), f"{state.me} stops: clients drain")
+    return stay(change(state, stopping=True), f"{state.me} stops")
 
 
 def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], Step]]:
@@ -829,10 +637,10 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(only(Phase.WAITING), Tick, _waited)
     put(only(Phase.RETURNING), Tick, _returning_waited)
     put(every, Synced, _synced)
-    put(only(Phase.SECONDARY), Tick, _secondary_tick)
-    put(only(Phase.PAIRED), Tick, _expand_again)
-    put(only(Phase.ACQUIRING), Tick, _acquire_again)
-    put(PRIMARY, PeerFloor, _peer_floor)
+    put(only(Phase.SECONDARY), Tick, secondary_tick)
+    put(only(Phase.PAIRED), Tick, expand_again)
+    put(only(Phase.ACQUIRING), Tick, acquire_again)
+    put(PRIMARY, PeerFloor, peer_floor)
     put(every, CaughtUp, _caught_up)
     put(only(Phase.SECONDARY, Phase.ACQUIRING), RecordChanged, _record_changed)
     put(only(Phase.RETURNING), RecordChanged, _returning_record_changed)

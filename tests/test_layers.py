@@ -22,7 +22,9 @@ PURE_ROWS = [
     ["errors"],
     ["text", "units"],
     ["endpoint", "handshake", "history", "liveness", "messages", "report", "rolewords", "tomltable"],
-    ["roles", "status", "swaprules"],
+    ["rolesteps", "status", "swaprules"],
+    ["takeover"],
+    ["roles"],
     ["foresee"],
 ]
 ROWS = [
