@@ -257,6 +257,9 @@ static void obey(mp_engine *engine, mp_command *command)
     case MP_COMMAND_CLOSE_CLIENTS:
         mp_clients_close(engine, command->flag);
         break;
+    case MP_COMMAND_PAUSE_CLIENTS:
+        mp_clients_pause(engine, command->flag, command->token);
+        break;
     case MP_COMMAND_ATTACH:
         mp_link_detach(engine, false, 0, "%s", "replaced");
         if (engine->attach)

@@ -56,6 +56,7 @@ struct mp_request {
     unsigned flags;
     bool apply; /* from the peer: answered by an ack */
     bool piece, last; /* of a long read; the last of its pieces */
+    bool counted;     /* in engine.changes */
     uint64_t serial;  /* in the order they came; a piece has its read's */
     uint64_t cookie, offset, length;
     uint64_t at, part;  /* the step in hand: [at, at + part) */
@@ -117,7 +118,7 @@ typedef struct mp_grant {
 
 typedef enum mp_event_kind {
     MP_EVENT_LINK_LOST, MP_EVENT_NEED_GENERATION, MP_EVENT_CLIENTS_CLOSED, MP_EVENT_CLIENT, MP_EVENT_DISK_ERROR,
-    MP_EVENT_JOURNAL_ERROR, MP_EVENT_BITS_MERGED, MP_EVENT_RESYNC_DONE, MP_EVENT_FLUSHED, MP_EVENT_SAVED,
+    MP_EVENT_JOURNAL_ERROR, MP_EVENT_CLIENTS_QUIET, MP_EVENT_BITS_MERGED, MP_EVENT_RESYNC_DONE, MP_EVENT_FLUSHED, MP_EVENT_SAVED,
 } mp_event_kind;
 
 typedef struct mp_event {
@@ -129,7 +130,7 @@ typedef struct mp_event {
 } mp_event;
 
 typedef enum mp_command_kind {
-    MP_COMMAND_GRANT, MP_COMMAND_CLIENT, MP_COMMAND_CLOSE_CLIENTS, MP_COMMAND_ATTACH, MP_COMMAND_DETACH,
+    MP_COMMAND_GRANT, MP_COMMAND_CLIENT, MP_COMMAND_CLOSE_CLIENTS, MP_COMMAND_PAUSE_CLIENTS, MP_COMMAND_ATTACH, MP_COMMAND_DETACH,
     MP_COMMAND_BARRIER, MP_COMMAND_SAVE, MP_COMMAND_ALL_DIRTY, MP_COMMAND_STOP,
 } mp_command_kind;
 
@@ -141,8 +142,8 @@ typedef struct mp_command {
     mp_grant grant;
     int fd;
     uint32_t volume;
-    bool flag;      /* CLIENT: read only; CLOSE_CLIENTS: gracefully; ATTACH: the source end */
-    uint64_t token; /* BARRIER, SAVE */
+    bool flag;      /* CLIENT: read only; CLOSE_CLIENTS: gracefully; PAUSE_CLIENTS: pause, not resume; ATTACH: the source end */
+    uint64_t token; /* BARRIER, SAVE, PAUSE_CLIENTS */
     uint64_t timeout_ns;
     uint8_t plan[MP_VOLUMES_MAX];
     mp_chan chan;   /* ATTACH: taken over with its sequence numbers and buffer */
@@ -235,7 +236,10 @@ struct mp_engine {
     mp_barrier barrier;
     mp_client *clients, *touched; /* all; those that the round has to look at */
     uint32_t client_count;
-    bool closing_clients;
+    bool closing_clients, clients_paused;
+    bool tell_quiet;      /* paused, and that no change is in hand was not told yet */
+    uint64_t quiet_token;
+    uint32_t changes;     /* requests of clients that are not reads: submitted and not answered */
     mp_request **request; /* by index */
     uint32_t requests, requests_busy;
     mp_list free_requests;
@@ -310,6 +314,7 @@ void mp_client_answer(mp_request *request); /* it is done: error or data; takes 
 bool mp_client_gone(const mp_request *request); /* nobody is there to be answered */
 void mp_client_lost(mp_request *request);   /* it never began and its client is gone; takes it over */
 void mp_clients_close(mp_engine *engine, bool graceful);
+void mp_clients_pause(mp_engine *engine, bool pause, uint64_t token); /* paused: nothing is read from them, what was read goes on */
 void mp_engine_free_clients(mp_engine *engine); /* the loop has ended */
 void mp_clients_round(mp_engine *engine);   /* sends answers, goes on reading where it had to stop */
 

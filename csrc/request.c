@@ -65,6 +65,7 @@ void mp_request_free(mp_request *r)
 {
     mp_engine *engine = r->engine;
     MP_ASSERT(!r->holds && !r->on_wire && !r->placed);
+    engine->changes -= r->counted;
     mp_request_drop_buffer(r);
     engine->requests_busy--;
     mp_list_put(&engine->free_requests, r);

@@ -7,6 +7,8 @@
  *    read as a request's header is copied once.
  *  - A refused WRITE's payload is read and dropped through the small input buffer, whatever length it states, and only then
  *    answered: libnbd does not know a request yet of which it is still sending the payload.
+ *  - Paused (a planned change of roles): no byte is read, also of a payload that has begun; what was submitted goes on to its
+ *    answer, and when no change is in hand any more that is told. Whatever was not read has not happened.
  *  - Answers go out in one writev per round, in any order: NBD's cookies tell them apart. A long read is answered in pieces
  *    (longread.c).
  */
@@ -52,7 +54,7 @@ static bool full(const mp_client *c) { return c->outstanding >= OUTSTANDING || c
 
 static void watch(mp_client *c)
 {
-    bool read = !c->closing && !c->again && (!full(c) || c->receiving);
+    bool read = !c->closing && !c->again && !c->engine->clients_paused && (!full(c) || c->receiving);
     mp_loop_change(&c->engine->loop, c->fd, (read ? MP_LOOP_READ : 0u) | (c->answers.first ? MP_LOOP_WRITE : 0u));
 }
 
@@ -162,9 +164,23 @@ void mp_client_put(mp_client *c, mp_request *r)
     mp_list_put(&c->answers, r);
 }
 
+/* What a pause waits for begins, or has ended. */
+static void count(mp_request *r)
+{
+    r->counted = r->op != MP_OP_READ;
+    r->engine->changes += r->counted;
+}
+
+static void uncount(mp_request *r)
+{
+    r->engine->changes -= r->counted;
+    r->counted = false;
+}
+
 void mp_client_answer(mp_request *r)
 {
     mp_client *c = r->client;
+    uncount(r);
     if (!c) {
         mp_request_free(r);
         return;
@@ -254,6 +270,7 @@ static bool take(mp_client *c)
         c->in_hand++;
         c->reads += r->op == MP_OP_READ ? mp_slab_bytes(n.length) : 0;
         c->input_at += MP_NBD_REQUEST;
+        count(r);
         mp_request_submit(r);
         return true;
     }
@@ -266,6 +283,7 @@ static void complete(mp_client *c)
     mp_request *r = c->receiving;
     c->receiving = NULL;
     c->in_hand++;
+    count(r);
     mp_request_submit(r);
 }
 
@@ -364,7 +382,7 @@ static void on_client(void *argument, unsigned events)
         send_answers(c);
         mp_long_pump(c);
     }
-    if (events & MP_LOOP_READ && !c->closing)
+    if (events & MP_LOOP_READ && !c->closing && !c->engine->clients_paused)
         read_more(c);
     else if (events & MP_LOOP_READ && !c->dead && c->closing) { /* hung up after it had said goodbye, or while we close */
         uint8_t rest[4096];
@@ -405,6 +423,7 @@ void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, c
 void mp_clients_close(mp_engine *engine, bool graceful)
 {
     engine->closing_clients = true;
+    engine->clients_paused = engine->tell_quiet = false;
     for (mp_client *c = engine->clients; c; c = c->next) {
         mp_client_touch(c);
         if (!graceful) {
@@ -417,6 +436,17 @@ void mp_clients_close(mp_engine *engine, bool graceful)
     if (!engine->clients) {
         engine->closing_clients = false;
         mp_event_post(engine, MP_EVENT_CLIENTS_CLOSED, 0, 0, "%s", "");
+    }
+}
+
+void mp_clients_pause(mp_engine *engine, bool pause, uint64_t token)
+{
+    engine->quiet_token = token;
+    engine->clients_paused = engine->tell_quiet = pause;
+    for (mp_client *c = engine->clients; c; c = c->next) {
+        c->again = !c->closing; /* what stands in the input buffer is not told of by the socket */
+        c->moved_ns = mp_now_ns();
+        mp_client_touch(c);
     }
 }
 
@@ -448,9 +478,10 @@ void mp_clients_round(mp_engine *engine)
             if (c->put == put && c->whole.first == whole)
                 break;
         }
-        if (c->again && (room || !full(c)) && !c->closing)
+        bool paused = engine->clients_paused;
+        if (c->again && (room || !full(c)) && !c->closing && !paused)
             read_more(c);
-        if ((c->answers.first || c->receiving || c->refused) && (now ? now : (now = mp_now_ns())) > c->moved_ns + (room ? STARVING : STALLED))
+        if ((c->answers.first || (!paused && (c->receiving || c->refused))) && (now ? now : (now = mp_now_ns())) > c->moved_ns + (room ? STARVING : STALLED))
             mp_client_drop(c);
         if (over(c)) {
             untouch(c); /* what it sent last may have been answered and dropped in this very turn */
@@ -458,7 +489,11 @@ void mp_clients_round(mp_engine *engine)
             continue;
         }
         watch(c);
-        if (c->again || c->answers.first || c->receiving || c->refused || (c->whole.first && !c->pieces))
+        if ((!paused && (c->again || c->receiving || c->refused)) || c->answers.first || (c->whole.first && !c->pieces))
             mp_client_touch(c);
+    }
+    if (engine->tell_quiet && !engine->changes) {
+        engine->tell_quiet = false;
+        mp_event_post(engine, MP_EVENT_CLIENTS_QUIET, engine->quiet_token, 0, "%s", "");
     }
 }

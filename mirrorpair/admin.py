@@ -34,11 +34,13 @@ from mirrorpair.control import (
     Done,
     EventsRequest,
     Failure,
+    PauseRequest,
     PlanRequest,
     PromoteRequest,
     Request,
     ResyncRequest,
     StatusRequest,
+    SwitchoverRequest,
     WaitRequest,
     Working,
     decode_request,
@@ -79,6 +81,13 @@ class NodeApi(Protocol):
 
     async def demote(self, *, dry_run: bool) -> str:
         """Makes this node secondary: clients drained, everything durable on both. One sentence. `dry_run` as above."""
+
+    async def switchover(self, to: str | None, *, dry_run: bool) -> str:
+        """Makes `to` (None: the node that is not) primary in the place of the other one, without a loss and without a
+        resync; returns when it serves. No effect, and says so, if it is primary. One sentence. `dry_run` as above."""
+
+    async def pause(self, *, paused: bool) -> str:
+        """A19: forbids, or allows again, changes of the primary that nobody asked for. One sentence."""
 
     async def plan_resync(self, volume: str | None, *, full: bool) -> list[ResyncPlan]:
         """What `resync` would do, per volume (None: all, in the configuration's order). Changes nothing. A split
@@ -260,6 +269,10 @@ class AdminServer:
                 )
             case DemoteRequest():
                 message = await self._change(node.demote(dry_run=request.dry_run))
+            case SwitchoverRequest():
+                message = await self._change(node.switchover(request.to, dry_run=request.dry_run))
+            case PauseRequest():
+                message = await self._change(node.pause(paused=request.paused))
             case ResyncRequest():
                 message = await self._change(node.resync(request.volume, full=request.full))
                 if request.wait:

@@ -64,7 +64,7 @@ class ResyncPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
-    """How a promote, demote, resync or wait ended well."""
+    """How a change of roles, a pause, a resync or a wait ended well."""
 
     message: str
     status: Status
@@ -104,6 +104,19 @@ class DemoteRequest(_Request, frozen=True, kw_only=True, tag="demote"):
     dry_run: bool = False
 
 
+class SwitchoverRequest(_Request, frozen=True, kw_only=True, tag="switchover"):
+    """`to`: the node that shall be primary; None: the one that is not."""
+
+    to: _Name | None = None
+    dry_run: bool = False
+
+
+class PauseRequest(_Request, frozen=True, kw_only=True, tag="pause"):
+    """`paused` False: the end of a pause, and of a latch."""
+
+    paused: bool = True
+
+
 class PlanRequest(_Request, frozen=True, kw_only=True, tag="plan-resync"):
     volume: _Name | None = None
     full: bool = False
@@ -126,7 +139,17 @@ class EventsRequest(_Request, frozen=True, kw_only=True, tag="events"):
     since: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
 
-Request = StatusRequest | PromoteRequest | DemoteRequest | PlanRequest | ResyncRequest | WaitRequest | EventsRequest
+Request = (
+    StatusRequest
+    | PromoteRequest
+    | DemoteRequest
+    | SwitchoverRequest
+    | PauseRequest
+    | PlanRequest
+    | ResyncRequest
+    | WaitRequest
+    | EventsRequest
+)
 
 _DECODER: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _ENCODER = msgspec.json.Encoder()
@@ -206,6 +229,13 @@ class AdminClient:
 
     def demote(self, *, dry_run: bool = False) -> Done:
         return self._call(DemoteRequest(dry_run=dry_run), Done)
+
+    def switchover(self, to: str | None = None, *, dry_run: bool = False) -> Done:
+        """May be asked of either node."""
+        return self._call(SwitchoverRequest(to=to, dry_run=dry_run), Done)
+
+    def pause(self, *, paused: bool) -> Done:
+        return self._call(PauseRequest(paused=paused), Done)
 
     def resync(
         self,

@@ -17,6 +17,7 @@ cdef extern from "engine.h" nogil:
         MP_COMMAND_GRANT
         MP_COMMAND_CLIENT
         MP_COMMAND_CLOSE_CLIENTS
+        MP_COMMAND_PAUSE_CLIENTS
         MP_COMMAND_ATTACH
         MP_COMMAND_DETACH
         MP_COMMAND_BARRIER
@@ -89,7 +90,7 @@ PLAN_FULL = MP_PLAN_FULL
 NO_LIMIT = 2**63 - 1
 
 cdef tuple EVENT_NAMES = (
-    "link-lost", "need-generation", "clients-closed", "client", "disk-error", "journal-error", "bits-merged",
+    "link-lost", "need-generation", "clients-closed", "client", "disk-error", "journal-error", "clients-quiet", "bits-merged",
     "resync-done", "flushed", "saved",
 )
 
@@ -225,6 +226,18 @@ cdef class Engine:
         cdef mp_command *command = self._command(MP_COMMAND_CLOSE_CLIENTS)
         command.flag = graceful
         mp_engine_post(self.engine, command)
+
+    def pause_clients(self, uint64_t token):
+        """Nothing more is read from the clients, whose connections stay; what was read goes on to its answer.
+        "clients-quiet" with the token follows once no write, trim, zero or flush of theirs is in hand."""
+        cdef mp_command *command = self._command(MP_COMMAND_PAUSE_CLIENTS)
+        command.flag = True
+        command.token = token
+        mp_engine_post(self.engine, command)
+
+    def resume_clients(self):
+        """They are read again."""
+        mp_engine_post(self.engine, self._command(MP_COMMAND_PAUSE_CLIENTS))
 
     def attach_link(self, Channel channel not None, *, uint64_t epoch, bint source, plans, double timeout):
         """Begins a session on a channel whose handshake is done; the channel is of no use afterwards. One PLAN_ number per

@@ -12,10 +12,10 @@ Rules:
 from __future__ import annotations
 
 from mirrorpair import roles
-from mirrorpair.rolewords import Answer, Demote, Drain, Mode, Phase, Promote, State, Swap, Swapped
+from mirrorpair.rolewords import Answer, Demote, Drain, Handoff, Mode, Phase, Promote, State, Swap, Swapped
 
 
-def foresee(state: State, event: Promote | Demote, now: int) -> Answer:
+def foresee(state: State, event: Promote | Demote | Handoff, now: int) -> Answer:
     """Code 0 and what would happen, or why it would be refused."""
     step = roles.step(state, event, now)
     answer = next((action for action in step.actions if isinstance(action, Answer)), None)
@@ -26,6 +26,12 @@ def foresee(state: State, event: Promote | Demote, now: int) -> Answer:
         return Answer(later.code, waits if later.code == 0 else later.message)
     if answer is not None:
         return _at_once(state, step.state, answer)
+    if isinstance(event, Handoff):
+        return Answer(
+            0,
+            f"{state.peer} would become primary: {state.me}'s clients are paused until everything is durable on both "
+            "nodes, then their connections end; nothing is lost, nothing is resynced",
+        )
     if isinstance(event, Demote):
         return Answer(0, _demotion(state, drains=any(isinstance(action, Drain) for action in step.actions)))
     swap = next(action for action in step.actions if isinstance(action, Swap))

@@ -1,7 +1,7 @@
 """What a person or a script asks of the node, over its control socket.
 
 Rules:
-- One promotion or demotion at a time; its outcome is the answer that roles.py gives to it.
+- One promotion, demotion or handoff at a time; its outcome is the answer that roles.py gives to it.
 - A promotion that our own promise forbids for now is not refused but waits for its end (A11), if data loss was
   accepted.
 - A dry run asks the same questions and does nothing (foresee.py).
@@ -18,29 +18,29 @@ from typing import TYPE_CHECKING
 
 from mirrorpair import roles
 from mirrorpair.errors import (
+    LocalError,
     PeerTimeoutError,
     RefusedError,
     SplitBrainError,
     UnreachableError,
+    UsageError,
+    WrongRoleError,
     error_of,
 )
-from mirrorpair.foresee import foresee
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.nodecore import SERVING_S, Core
-from mirrorpair.rolewords import (
-    Answer,
-    Demote,
-    LinkLost,
-    Promote,
-)
+from mirrorpair.peermessages import HandoffAsk
+from mirrorpair.rolewords import Demote, Handoff, LinkLost, Promote
 from mirrorpair.status import Event as LoggedEvent
 from mirrorpair.status import holds, hopeless, next_step
+from mirrorpair.text import printable
 from mirrorpair.units import format_size
 
 if TYPE_CHECKING:
     from mirrorpair.control import ResyncPlan
-    from mirrorpair.rolewords import Event
     from mirrorpair.status import Condition, Status
+
+HANDOFF_S = 30.0  # the pause, its limit, and the swap's attempts
 
 log = logging.getLogger("mirrorpair.node")
 
@@ -50,7 +50,6 @@ class AdminSide:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._one = asyncio.Lock()
 
     async def status(self) -> Status:
         return self._core.view.status()
@@ -59,13 +58,13 @@ class AdminSide:
         return self._core.view.log.since(since)
 
     async def promote(self, *, accept_data_loss: bool, force: bool, dry_run: bool) -> str:
-        async with self._one:
+        async with self._core.one_change:
             looked_again = False
             acquires = self._core.state.role == "secondary"
             while True:
                 event = self._promotion(accept_data_loss=accept_data_loss, force=force)
                 lost = roles.given_up(self._core.state) if accept_data_loss else ""
-                answer = await (self._foresee(event) if dry_run else self._ask_roles(event))
+                answer = await (self._core.foresee(event) if dry_run else self._core.ask_roles(event))
                 if answer.code == 0:
                     break
                 if answer.retry_at_ns is None and not looked_again and self._core.state.peer_role == "primary":
@@ -109,30 +108,79 @@ class AdminSide:
                     await self._core.change()
 
     async def demote(self, *, dry_run: bool) -> str:
-        async with self._one:
-            answer = await (self._foresee(Demote()) if dry_run else self._ask_roles(Demote()))
+        async with self._core.one_change:
+            answer = await (self._core.foresee(Demote()) if dry_run else self._core.ask_roles(Demote()))
         if answer.code:
             raise error_of(answer.code, answer.message)
         return answer.message
 
-    async def _foresee(self, event: Promote | Demote) -> Answer:
-        """In its turn, as the real one: what was posted before has been decided."""
-        found: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    async def switchover(self, to: str | None, *, dry_run: bool) -> str:
+        core = self._core
+        if to is None:
+            to = core.peer.name if core.state.role == "primary" else core.name
+        if to not in (core.name, core.peer.name):
+            raise UsageError(f"{printable(to, 80)} is no node of this pair: {core.name} or {core.peer.name}")
+        if core.config.arbiter == "none":
+            raise RefusedError(
+                'with arbiter = "none" nobody hands over in one step: `mirrorpair demote` on the primary, then '
+                f"`mirrorpair promote` on {to}"
+            )
+        if to == core.name:
+            return await self._fetch_role(dry_run=dry_run)
+        if core.state.role != "primary":
+            if core.state.peer_role == "primary":
+                return f"{to} is primary already, of epoch {core.state.peer_epoch}"
+            raise WrongRoleError(f"neither node is known to be primary: `mirrorpair promote` on {to}")
+        async with core.one_change:
+            answer = await (core.foresee(Handoff()) if dry_run else core.ask_roles(Handoff()))
+        if answer.code:
+            raise error_of(answer.code, answer.message)
+        if dry_run:
+            return answer.message
+        if await self._peer_serves():
+            return f"{to} is primary, of epoch {core.state.peer_epoch}; {core.name} is secondary"
+        return f"{answer.message}; it does not serve yet, see `mirrorpair status` on both nodes"
 
-        async def look() -> None:
-            if not found.done():
-                found.set_result(foresee(self._core.state, event, clock_boottime_ns()))
+    async def _peer_serves(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SERVING_S):
+                while self._core.state.role == "secondary":
+                    if self._core.state.peer_role == "primary":
+                        return True
+                    await self._core.change()
+        return False
 
-        self._core.post(look)
-        return await found
+    async def _fetch_role(self, *, dry_run: bool) -> str:
+        """The primary is asked to hand over to this node."""
+        core = self._core
+        me, peer = core.name, core.peer.name
+        if core.state.role == "primary":
+            return f"{me} is primary already, of epoch {core.state.epoch}"
+        if (obstacle := core.open.obstacle()) is not None:
+            raise LocalError(obstacle)
+        if not core.peer_link.connected:
+            raise UnreachableError(f"{peer} is not connected: it cannot be asked to hand over")
+        async with core.one_change:
+            await core.peer_link.ask(HandoffAsk(dry_run=dry_run), HANDOFF_S)
+        if dry_run:
+            return f"{me} would become primary: {peer} would hand over without a loss and without a resync"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SERVING_S):
+                await self.wait_for("primary")
+        if not holds(core.view.status(), "primary"):
+            return f"{peer} has given the role to {me}, which does not serve yet: see `mirrorpair status`"
+        return f"{me} is primary, of epoch {core.state.epoch}; {peer} is secondary"
 
-    async def _ask_roles(self, event: Event) -> Answer:
-        self._core.answer = asyncio.get_running_loop().create_future()
-        self._core.post(event)
-        try:
-            return await self._core.answer
-        finally:
-            self._core.answer = None
+    async def pause(self, *, paused: bool) -> str:
+        witness = self._core.witness
+        if witness is None:
+            raise RefusedError('with arbiter = "none" there is no failover or failback that could be paused')
+        await witness.set_pause(paused=paused)
+        if paused:
+            return (
+                f"{self._core.config.name} is paused: no failover and no failback by itself until `mirrorpair resume`"
+            )
+        return f"{self._core.config.name} is not paused: failover and failback happen by themselves"
 
     async def plan_resync(self, volume: str | None, *, full: bool) -> list[ResyncPlan]:
         names = (

@@ -37,6 +37,7 @@ from mirrorpair.errors import (
     UnreachableError,
     WrongRoleError,
 )
+from mirrorpair.foresee import foresee
 from mirrorpair.history import MAX_ID
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.liveness import Timing
@@ -59,8 +60,11 @@ from mirrorpair.rolewords import (
     GenerationBegan,
     HangUp,
     LinkLost,
+    PauseClients,
     Phase,
+    Quiet,
     RecordChanged,
+    ResumeClients,
     State,
     Swapped,
     Synced,
@@ -80,7 +84,7 @@ if TYPE_CHECKING:
     from mirrorpair.noderegister import WitnessSide
     from mirrorpair.nodeview import NodeView
     from mirrorpair.peerlink import PeerLink
-    from mirrorpair.rolewords import Action, Event, RoleName
+    from mirrorpair.rolewords import Action, Demote, Event, Handoff, Promote, RoleName
     from mirrorpair.rolewords import Swap as SwapAction
     from mirrorpair.status import Refusal
 
@@ -141,6 +145,7 @@ class Core:
             arbitrated=config.arbiter != "none",
             suspect_ns=self.timing.suspect_ns,
             retry_ns=self.timing.interval_ns,
+            failback_ns=self._failback_ns(),
         )
         self.link: Link | None = None
         self.refusal: Refusal | None = None
@@ -163,12 +168,14 @@ class Core:
         """why the peer did not consent to the last swap"""
         self._tokens: dict[int, asyncio.Future[int]] = {}
         self._clients_closed = asyncio.Event()
+        self._pauses = 0
         self.drained = asyncio.Event()
         self.drain_failed = False
         """something may be here that the peer lacks, though both are in the set"""
         self.quiet = False
         self.answer: asyncio.Future[Answer] | None = None
-        self._admin = asyncio.Lock()
+        self.one_change = asyncio.Lock()
+        """of roles that somebody waits for, here or at the peer; held around `ask_roles`"""
         self.changed = asyncio.Event()
         self._granted: tuple[int, int, int] | None = None
         self.facts_version = 0
@@ -176,6 +183,10 @@ class Core:
         self.stopping: asyncio.Event = asyncio.Event()
         self.failed = asyncio.Event()
         """an internal error, or metadata that cannot be written: the daemon must end, as by kill"""
+
+    def _failback_ns(self) -> int | None:
+        wanted = self.config.failback == "auto" and self.config.prefer == self.peer.name
+        return round(self.config.failback_delay * 1e9) if wanted else None
 
     @property
     def settled(self) -> bool:
@@ -221,12 +232,22 @@ class Core:
         else:
             log.debug("%s", sentence)
         self.renew_grant()
+        self._tell_roles(before, state)
         self._arm()
         if self.witness is not None and state.phase is Phase.ALONE and before.phase is not Phase.ALONE:
             self.witness.look_now()  # A1: each second from now on
         for action in actions:
             self._do(action)
         self.changed.set()
+
+    def _tell_roles(self, before: State, state: State) -> None:
+        """What both must know before a data link can be made does not wait for the next beat, nor for a back-off."""
+        if self.peer_link.control is None:
+            return
+        if (state.role, state.epoch) != (before.role, before.epoch):
+            self.peer_link.control.beat(clock_boottime_ns())
+        if not state.linked and (state.epoch, state.peer_epoch) != (before.epoch, before.peer_epoch):
+            self.peer_link.want_data()
 
     def renew_grant(self) -> None:
         mode = int(roles.mode_of(self.state))
@@ -240,8 +261,8 @@ class Core:
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None
-        if self.state.deadline_ns is not None:
-            wait = max(0.0, (self.state.deadline_ns - clock_boottime_ns()) / 1e9)
+        if self.state.wake_ns is not None:
+            wait = max(0.0, (self.state.wake_ns - clock_boottime_ns()) / 1e9)
             self._ticking = asyncio.get_running_loop().call_later(wait + 0.001, self.post, Tick())
 
     # --- actions
@@ -252,6 +273,11 @@ class Core:
                 self.answer.set_result(action)
         elif isinstance(action, HangUp):
             self.engine.close_clients(graceful=False)
+        elif isinstance(action, PauseClients):
+            self.spawn(self._pause())
+        elif isinstance(action, ResumeClients):
+            self._pauses += 1
+            self.engine.resume_clients()
         elif isinstance(action, DropLink):
             self.drop_link(action.why)
         elif isinstance(action, Drain):
@@ -269,13 +295,22 @@ class Core:
             self.engine.detach_link()
             log.info("data link with %s ended: %s", self.peer.name, why)
         if self.peer_link.connected and not self.state.peer_left and not self.stopping.is_set():
-            if had is not None:
-                self.spawn(self._tell_relink(why))
+            self.spawn(self._tell_relink(why))
             self.peer_link.want_data()
 
     async def _tell_relink(self, why: str) -> None:
         with contextlib.suppress(MirrorpairError):
             await self.peer_link.ask(RelinkAsk(why=printable(why, 500)))
+
+    async def _pause(self) -> None:
+        self._pauses += 1
+        mine = self._pauses
+        limit = self.state.handoff_ns / 1e9
+        error = await self.token(self.engine.pause_clients, limit)
+        if not error:
+            error = await self.token(self.engine.barrier, limit)
+        if mine == self._pauses:  # not one that was given up meanwhile
+            self.post(Quiet(f"the last writes could not be made durable: {os.strerror(error)}" if error else ""))
 
     async def _drain(self) -> None:
         self._clients_closed.clear()
@@ -502,6 +537,7 @@ class Core:
         "link-lost": _link_lost,
         "need-generation": _need_generation,
         "clients-closed": _clients_gone,
+        "clients-quiet": _token_done,
         "client": _noted,
         "disk-error": _disk_error,
         "journal-error": _disk_error,
@@ -533,6 +569,27 @@ class Core:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(WATCH_S):
                 await self.changed.wait()
+
+    async def ask_roles(self, event: Event) -> Answer:
+        """The outcome of what a person wants."""
+        assert self.one_change.locked()
+        self.answer = asyncio.get_running_loop().create_future()
+        self.post(event)
+        try:
+            return await self.answer
+        finally:
+            self.answer = None
+
+    async def foresee(self, event: Promote | Demote | Handoff) -> Answer:
+        """What `ask_roles` would come to. In its turn, as the real one: what was posted before has been decided."""
+        found: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+        async def look() -> None:
+            if not found.done():
+                found.set_result(foresee(self.state, event, clock_boottime_ns()))
+
+        self.post(look)
+        return await found
 
     async def durable(self, write: Callable[[], object]) -> None:
         async with self._disk:

@@ -25,6 +25,7 @@ from mirrorpair.errors import (
     PeerTimeoutError,
     RefusedError,
     WrongRoleError,
+    error_of,
 )
 from mirrorpair.history import Ids
 from mirrorpair.linux import clock_boottime_ns
@@ -34,6 +35,7 @@ from mirrorpair.peerdata import Stopped
 from mirrorpair.peermessages import (
     Beat,
     Facts,
+    HandoffAsk,
     Hello,
     LeaveAsk,
     Plan,
@@ -46,6 +48,7 @@ from mirrorpair.peermessages import (
     to_hex,
 )
 from mirrorpair.rolewords import (
+    Handoff,
     LinkLost,
     LinkUp,
     PeerDown,
@@ -220,7 +223,11 @@ class PeerSide:
             return await self._asked_swap(ask)
         if isinstance(ask, SyncedAsk):
             return await self._asked_synced(ask)
+        if isinstance(ask, HandoffAsk):
+            return await self._asked_handoff(ask)
         if isinstance(ask, RelinkAsk):
+            if self._core.witness is not None:
+                self._core.witness.look_now()  # its roles have changed
             if self._core.link is not None:
                 self._core.link = None
                 self._core.engine.detach_link()
@@ -255,6 +262,13 @@ class PeerSide:
             "resync", f"{self._core.name} has everything of {self._core.peer.name}", volume=volume.name
         )
         self._core.volume_equal(link, volume.index)
+        return "ok"
+
+    async def _asked_handoff(self, ask: HandoffAsk) -> str:
+        async with self._core.one_change:
+            answer = await (self._core.foresee(Handoff()) if ask.dry_run else self._core.ask_roles(Handoff()))
+        if answer.code:
+            raise error_of(answer.code, answer.message)
         return "ok"
 
     async def _asked_leave(self, ask: LeaveAsk) -> str:

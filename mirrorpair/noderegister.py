@@ -9,6 +9,8 @@ Rules:
   record, and now and then to know that the witness is there. What it finds becomes an event only if it is new.
 - F17 A record that is older than one that this node has seen is not believed: the roles stay as they are, until a
   person has it made anew (`promote --accept-data-loss`).
+- F16 Each change of the primary is written into the record with its time; when there have been too many within an hour
+  the record is latched, and no failback happens by itself until a person says `resume`.
 - Metadata that cannot be written end the daemon: what is known must be durable before anything follows from it.
 """
 
@@ -19,6 +21,7 @@ import contextlib
 import logging
 import random
 import secrets
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -45,6 +48,7 @@ ATTEMPTS = 5
 PAUSE_S = (0.01, 0.1)
 ALONE_S = 1.0
 IDLE_S = 10.0
+MAX_CHANGES = 63
 
 log = logging.getLogger("mirrorpair.node")
 
@@ -152,7 +156,9 @@ class WitnessSide:
             return
         mine = register.primary == self._core.name and self._core.state.role == "primary"
         await self._learned(record, "primary" if mine else "secondary", settled=self._core.settled)
-        self._core.post(RecordChanged(register.epoch, register.primary, register.in_sync))
+        self._core.post(
+            RecordChanged(register.epoch, register.primary, register.in_sync, register.pause, register.latched)
+        )
 
     async def _learned(self, record: Versioned, role: RoleName, *, settled: bool) -> None:
         epoch, version = record.register.epoch, record.version
@@ -186,10 +192,10 @@ class WitnessSide:
             if error := await self._core.flush_first():
                 return Swapped(action, False, error, code=FAILED)
         nonces: set[int] = set()
-        unknown = False
+        unknown, tried = False, -1
         why: MirrorpairError = UnreachableError("the witness was not asked")
         for _ in range(ATTEMPTS):
-            if action.purpose == "expand" and (peer is None or self._core.peer_link.control is not peer):
+            if action.purpose in ("expand", "handoff") and (peer is None or self._core.peer_link.control is not peer):
                 return Swapped(action, False, f"{self._core.peer.name} is not connected any more", unknown=unknown)
             if action.purpose in ACQUISITIONS and self._core.stopping.is_set():
                 return Swapped(action, False, f"{self._core.name} is stopping", unknown=unknown)
@@ -198,11 +204,14 @@ class WitnessSide:
                 read = self._as_read(record, nonces)
                 if (reason := objection(action, self._core.name, read)) is not None:
                     await self._take(record)
-                    return Swapped(action, False, reason, code=WRONG_ROLE)
+                    # An attempt that is still on its way can land as long as the version is the one that it swaps on.
+                    late = unknown and record.version <= tried
+                    return Swapped(action, False, reason, unknown=late, code=WRONG_ROLE)
                 await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
                 new = self._successor(action, record, peer)
                 assert new.writer is not None
                 nonces.add(new.writer.nonce)
+                tried = record.version
                 result = await self._register.cas(record.version, new)
             except MirrorpairError as error:
                 why = error
@@ -239,16 +248,22 @@ class WitnessSide:
             boot_lost=self._core.state.boot_lost,
             bound=self._core.peer_link.heart.promises.bound(clock_boottime_ns()),
             own=writer is not None and writer.node == self._core.name and writer.nonce in nonces,
+            latched=register.latched,
         )
 
     def _successor(self, action: SwapAction, record: Versioned, peer: Control | None) -> Register:
         old = record.register
+        acquires = action.purpose in ACQUISITIONS
         members = {**old.members, self._core.name: self._core.incarnation()}
         if action.purpose == "expand" and peer is not None and peer.hello is not None:
             members[self._core.peer.name] = peer.hello.incarnation
         in_sync = action.in_sync
         if action.purpose == "raise" and (old.epoch, record.version) >= self._register.seen:
             in_sync = None  # the record is there, and says it better
+        changes = old.role_changes
+        if action.primary is not None and old.primary not in (None, action.primary):
+            changes = (*recent(changes, (now := int(time.time()))), now)
+        limit = self._core.config.max_role_changes_per_hour
         return msgspec.structs.replace(
             old,
             pair_uuid=self._core.open.value.pair_uuid or old.pair_uuid,
@@ -257,5 +272,43 @@ class WitnessSide:
             in_sync=old.in_sync if in_sync is None else in_sync,
             members=members,
             mode=self._core.config.mode,
+            handoff=action.primary if action.purpose == "handoff" else None if acquires else old.handoff,
+            role_changes=changes,
+            latched=old.latched or (self._core.config.failback == "auto" and len(changes) >= limit > 0),
             writer=Writer(node=self._core.name, nonce=secrets.randbits(48)),
         )
+
+    # --- A19
+
+    async def set_pause(self, *, paused: bool) -> None:
+        """Durable at the witness when this returns; the end of a pause also ends a latch (F16). A late attempt changes
+        no role, so nothing is unknown for long. UnreachableError, PeerTimeoutError, StaleRecordError and the like."""
+        why: MirrorpairError = UnreachableError("the witness was not asked")
+        async with self._one:
+            for _ in range(ATTEMPTS):
+                record = await self._read()
+                old = record.register
+                if old.pause == paused and not (old.latched and not paused):
+                    await self._take(record)
+                    return
+                new = msgspec.structs.replace(
+                    old,
+                    pause=paused,
+                    latched=old.latched and paused,
+                    role_changes=old.role_changes if paused else (),
+                    writer=Writer(node=self._core.name, nonce=secrets.randbits(48)),
+                )
+                result = await self._register.cas(record.version, new)
+                if result is Swap.OK:
+                    await self._take(Versioned(version=record.version + 1, register=new))
+                    return
+                why = PeerTimeoutError("the witness did not answer: whether it has changed is not known")
+                if result is Swap.CONFLICT:
+                    why = WrongRoleError("somebody else changes the register at this moment")
+                await asyncio.sleep(random.uniform(*PAUSE_S))
+        raise why
+
+
+def recent(changes: tuple[int, ...], now: int) -> tuple[int, ...]:
+    """Those within an hour of `now`, seconds since 1970; a clock that was set back makes none of them old."""
+    return tuple(at for at in changes if at > now - 3600)[-MAX_CHANGES:]

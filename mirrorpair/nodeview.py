@@ -157,6 +157,8 @@ class NodeView:
                 else Change(text=change[0], cause=change[1], age_s=time.monotonic() - change[2]),
                 insecure=node.config.insecure,
                 mode=node.config.mode,
+                paused=state.paused,
+                latched=state.latched,
                 address=str(node.me.address),
                 heartbeat_age_s=None if age is None else age / 1e9,
                 uptime_s=time.monotonic() - self._began,

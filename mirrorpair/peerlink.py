@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 NEGOTIATE_S = 10.0
 REQUEST_S = 10.0
+MAX_DATA_WAITING = 3
 STRANGERS = 16
 FAST_S = (0.1, 1.0)
 REFUSED_S = (1.0, 60.0)
@@ -93,7 +94,9 @@ class PeerLink:
         self._control: Control | None = None
         self._up = asyncio.Event()
         self._data_wanted = asyncio.Event()
-        self._data_busy = False
+        self._data_again = asyncio.Event()
+        self._data_turn = asyncio.Lock()
+        self._data_waiting = 0
 
     async def listen(self) -> None:
         """Takes the place; whoever connects waits until `start`. RefusedError: the address is in use. UsageError: it
@@ -136,6 +139,7 @@ class PeerLink:
     def want_data(self) -> None:
         """A data link is to be made as soon as the control connection is up (the dialer acts, the acceptor waits)."""
         self._data_wanted.set()
+        self._data_again.set()
 
     def hurry(self) -> None:
         """Tries again at once what a refusal had put off."""
@@ -214,9 +218,16 @@ class PeerLink:
         self._limit.line(text, clock_boottime_ns())
 
     async def _accepted_data(self, sock: socket.socket) -> None:
-        if not self.connected or self._data_busy or self.dials:
+        """The dialer gives an attempt up before it makes the next one: the next one waits until that is noticed here."""
+        if self.dials or self._data_waiting >= MAX_DATA_WAITING:
             return
-        await self._negotiate(sock, 0, dialed=False)
+        self._data_waiting += 1
+        try:
+            async with self._data_turn:
+                if self.connected:
+                    await self._negotiate(sock, 0, dialed=False)
+        finally:
+            self._data_waiting -= 1
 
     # --- dialing
 
@@ -246,6 +257,7 @@ class PeerLink:
                 await asyncio.sleep(self._data_fast.delay())
                 continue
             self._data_wanted.clear()
+            self._data_again.clear()
             outcome = await self._negotiate(sock, secrets.randbits(63) + 1, dialed=True)
             if outcome is None:
                 self._data_slow.reset()
@@ -255,7 +267,14 @@ class PeerLink:
             if outcome:
                 await self._wait(self._data_slow.delay())
             else:
-                await asyncio.sleep(self._data_fast.delay())
+                await self._pause_of_data(self._data_fast.delay())
+
+    async def _pause_of_data(self, seconds: float) -> None:
+        """Ends early when it was wanted anew since the attempt began: the roles were not settled, and are now."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._data_again.wait()
+                self._data_fast.reset()
 
     async def _wait(self, seconds: float) -> None:
         """Ends early when somebody hurries."""
@@ -266,7 +285,6 @@ class PeerLink:
 
     async def _negotiate(self, sock: socket.socket, session: int, *, dialed: bool) -> bool | None:
         """None: the data link is made. True: refused, so back off; False: merely lost."""
-        self._data_busy = True
         data = DataConnection(sock, session, self.peer)
         made = False
         try:
@@ -283,7 +301,6 @@ class PeerLink:
             log.warning("no data link with %s: %s", self.peer, error)
             return True
         finally:
-            self._data_busy = False
             await data.close(shutdown=not made)
 
     # --- the control connection

@@ -162,7 +162,14 @@ class LeaveAsk(msgspec.Struct, frozen=True, kw_only=True, tag="leave", tag_field
     role: RoleName
 
 
-Ask = SwapAsk | SyncedAsk | RelinkAsk | LeaveAsk
+class HandoffAsk(msgspec.Struct, frozen=True, kw_only=True, tag="handoff", tag_field="op"):
+    """A person at this node wants it to be primary: give the role up to it. Answered when the register says so;
+    `dry_run`: whether it would be done now."""
+
+    dry_run: bool = False
+
+
+Ask = SwapAsk | SyncedAsk | RelinkAsk | LeaveAsk | HandoffAsk
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request", tag_field="t"):

@@ -27,24 +27,24 @@ Rules:
 - A17 A link that is back before the deadline changes nothing: no swap, no new generation, the writes are sent again.
 - A18 A node that stops accepts no role. The one that stopped cleanly while the peer was in sync may have been replaced
   since: alone it does not take the role back.
+- A planned change of roles is in handoff.py: PAIRED with `state.handing`, then SECONDARY.
 - The grant follows from the state (`mode_of`), so it cannot be forgotten in a transition.
-- Time is CLOCK_BOOTTIME ns; `state.deadline_ns` says when a Tick is due at the latest.
+- Time is CLOCK_BOOTTIME ns; `state.wake_ns` says when a Tick is due at the latest.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mirrorpair import handoff
 from mirrorpair.rolesteps import (
     Step,
     acquire,
     change,
     expand,
-    expand_again,
     give_way,
     go_alone,
     lose_link,
-    nothing,
     pair_up,
     readopt,
     refuse,
@@ -67,6 +67,7 @@ from mirrorpair.rolewords import (
     DropLink,
     Event,
     GenerationBegan,
+    Handoff,
     HangUp,
     LinkLost,
     LinkUp,
@@ -78,6 +79,7 @@ from mirrorpair.rolewords import (
     PeerUp,
     Phase,
     Promote,
+    Quiet,
     RecordChanged,
     RoleName,
     Started,
@@ -96,6 +98,8 @@ if TYPE_CHECKING:
 
 def mode_of(state: State) -> Mode:
     """What the engine may do in this state."""
+    if state.handing in ("asked", "unknown"):
+        return Mode.NONE  # the role is given away, or may be
     if state.phase is Phase.ALONE:
         return Mode.ALONE if state.alone_began else Mode.ALONE_FIRST
     return Mode.PEER if state.phase in PRIMARY else Mode.NONE
@@ -123,23 +127,29 @@ def consents(state: State, epoch: int, primary: str | None) -> str | None:
 
 def step(state: State, event: Event, now: int) -> Step:
     """The next state, what to do, and one sentence that says what was done and why."""
+    before = state
     if isinstance(event, Swapped) and event.ok:
         swap = event.swap
         # A0: whatever was unknown before, this one came after it.
         assert swap.in_sync is not None
-        state = change(state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding="no")
+        found = "no" if state.handing == "unknown" else state.handing
+        state = change(
+            state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding="no", handing=found
+        )
     handler = TABLE.get((state.phase, type(event)))
-    if handler is None:
-        return Step(state, (), nothing(state))
-    done = handler(state, event, now)
+    done = stay(state) if handler is None else handler(state, event, now)
+    return handoff.settle(before, _alone_only_without_peer(done), now)
+
+
+# --- pieces of decisions
+
+
+def _alone_only_without_peer(done: Step) -> Step:
     if done.state.phase is Phase.ALONE and done.state.peer_in_sync:
         # A1, whatever led here: nobody but this node takes the peer in, and it answers writes that the peer lacks.
         shrunk = shrink(done.state, done.sentence)
         return Step(shrunk.state, (*done.actions, *shrunk.actions), shrunk.sentence)
     return done
-
-
-# --- pieces of decisions
 
 
 def _lost_role(state: State, event: RecordChanged) -> Step:
@@ -155,6 +165,8 @@ def _lost_role(state: State, event: RecordChanged) -> Step:
         releasing=False,
         raising=False,
         answering=False,
+        handing="no",
+        redirecting=False,
     )
     message = f"{event.primary or 'nobody'} is primary of epoch {event.epoch} now, not {state.me}"
     actions: tuple[Action, ...] = (Answer(WRONG_ROLE, message),) if state.answering else ()
@@ -336,6 +348,8 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
         epoch=event.epoch,
         primary=event.primary,
         in_sync=event.in_sync,
+        paused=event.paused,
+        latched=event.latched,
         equal=state.equal and event.epoch == state.epoch,
         released=state.released and event.primary == state.me,
     )
@@ -346,6 +360,8 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
     if state.arbitrated:
         if changed.phase is Phase.ACQUIRING and changed.deadline_ns is not None and overtaken(changed):
             changed = change(changed, phase=Phase.SECONDARY, asked=None)  # whatever was on its way is too late now
+        if event.primary == state.me and event.epoch > state.peer_epoch and changed.peer_role == "primary":
+            changed = change(changed, peer_role="secondary")  # it has handed over; its next beat will say so
         if changed.phase is Phase.SECONDARY and event.primary == state.me:
             done = take_back(changed)
             return done if done.actions else stay(watch(done.state, now + state.suspect_ns), done.sentence)
@@ -442,7 +458,7 @@ def given_up(state: State) -> str:
 def _is_primary(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Promote)
     if state.arbitrated and event.accept_data_loss:
-        if state.phase is Phase.SHRINKING or state.raising or state.draining:
+        if state.phase is Phase.SHRINKING or state.raising or state.draining or state.handing != "no":
             return _busy(state, event, now)
         # F17: the register was lost, or restored from an older copy, and a person wants it made anew from here.
         swap = Swap("raise", state.epoch + 1, state.me, state.in_sync, overrides=True)
@@ -530,6 +546,8 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Swapped)
     if event.swap.purpose == "raise":
         return raised(state, event, now)
+    if event.swap.purpose in ("handoff", "hold"):
+        return handoff.swapped(state, event, now)
     if event.swap.purpose == "expand" and not event.ok:
         changed = change(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
         if changed.linked and changed.equal and changed.deadline_ns is None:
@@ -577,7 +595,7 @@ def _returning_demote(state: State, _event: Event, _now: int) -> Step:
 
 
 def _demote(state: State, event: Event, now: int) -> Step:
-    if state.draining or state.answering:
+    if state.draining or state.answering or state.handing != "no":
         return _busy(state, event, now)
     if state.phase is Phase.FROZEN:
         # Nothing can be drained without the peer: the role is given up as it is.
@@ -602,7 +620,10 @@ def _generation(state: State, _event: Event, _now: int) -> Step:
 def _stop(state: State, _event: Event, _now: int) -> Step:
     """A18. A primary drains first; what follows is the node's business, in order."""
     if state.phase in PRIMARY:
-        return Step(change(state, stopping=True, draining=True), (Drain(),), f"{state.me} stops: clients drain")
+        # While the role is given away nothing is answered, so nobody is waited for.
+        away = (HangUp(),) if mode_of(state) is Mode.NONE else ()
+        changed = change(state, stopping=True, draining=True)
+        return Step(changed, (*away, Drain()), f"{state.me} stops: clients drain")
     return stay(change(state, stopping=True), f"{state.me} stops")
 
 
@@ -638,7 +659,7 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(only(Phase.RETURNING), Tick, _returning_waited)
     put(every, Synced, _synced)
     put(only(Phase.SECONDARY), Tick, secondary_tick)
-    put(only(Phase.PAIRED), Tick, expand_again)
+    put(only(Phase.PAIRED), Tick, handoff.paired_tick)
     put(only(Phase.ACQUIRING), Tick, acquire_again)
     put(PRIMARY, PeerFloor, peer_floor)
     put(every, CaughtUp, _caught_up)
@@ -657,6 +678,9 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(only(Phase.ACQUIRING), Demote, _busy)
     put(PRIMARY, Demote, _demote)
     put(PRIMARY, Drained, _drained)
+    put(PRIMARY, Handoff, handoff.asked)
+    put(idle, Handoff, handoff.asked_elsewhere)
+    put(PRIMARY, Quiet, handoff.quiet)
     put(only(Phase.ALONE), GenerationBegan, _generation)
     put(every, Stop, _stop)
     return found

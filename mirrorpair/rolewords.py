@@ -14,7 +14,7 @@ import msgspec
 
 RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
-Purpose = Literal["promote", "readopt", "takeover", "raise", "shrink", "expand", "release"]
+Purpose = Literal["promote", "readopt", "takeover", "raise", "shrink", "expand", "release", "handoff", "hold"]
 ACQUISITIONS: frozenset[Purpose] = frozenset({"promote", "readopt", "takeover"})
 
 FAILED = 1
@@ -56,6 +56,10 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """the register is kept by a third party: who is silent may be replaced"""
     suspect_ns: int
     retry_ns: int
+    handoff_ns: int = 10 * 10**9
+    """how long clients may be kept waiting before the swap of a handoff is sent"""
+    failback_ns: int | None = None
+    """the peer is the preferred primary and gets the role back by itself once it has been in sync for so long"""
     phase: Phase = Phase.SECONDARY
     epoch: int = 0
     primary: str | None = None
@@ -71,6 +75,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ns: int | None = None
     bound_until_ns: int = 0
     """arbitrated: until then this node has promised not to take over (A11); as the peer was lost, or at the start"""
+    steady_since_ns: int | None = None
+    """the pair is linked and in sync, and nothing is under way, since then"""
     asked: Swap | None = None
     """the acquisition under way (ACQUIRING); with a deadline: nothing is known of it, and it is asked for again then"""
     raising: bool = False
@@ -89,8 +95,16 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     released: bool = False
     """arbitrated: a person has demoted it, and whether the register knows it is not known"""
     stopping: bool = False
+    handing: Literal["no", "pausing", "asked", "unknown"] = "no"
+    """a handoff to the peer: clients are being paused; its swap is on its way; nothing is known of that (A0)"""
+    redirecting: bool = False
+    """the role was handed over; the paused clients are hung up on when the peer serves, or does not in time"""
+    paused: bool = False
+    """A19: by a person; no change of primary that nobody asked for"""
+    latched: bool = False
+    """F16: too many changes within an hour; as paused, but for a failover from a dead primary"""
     answering: bool = False
-    """a person waits for the outcome of a promotion or demotion"""
+    """a person waits for the outcome of a promotion, demotion or handoff"""
 
     @property
     def role(self) -> RoleName:
@@ -99,6 +113,19 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def peer_in_sync(self) -> bool:
         return self.expanding != "no" or self.peer in self.in_sync
+
+    @property
+    def failback_at_ns(self) -> int | None:
+        """When the preferred peer has been in sync for long enough."""
+        if self.failback_ns is None or self.steady_since_ns is None:
+            return None
+        return self.steady_since_ns + self.failback_ns
+
+    @property
+    def wake_ns(self) -> int | None:
+        """When a Tick is due at the latest."""
+        due = [at for at in (self.deadline_ns, self.failback_at_ns) if at is not None]
+        return min(due, default=None)
 
     @property
     def sole(self) -> bool:
@@ -111,7 +138,8 @@ class Swap(msgspec.Struct, frozen=True):
     for. `in_sync` None: as the register has it then, which an earlier swap may still change; the event says what it
     was. `needs_peer`: it was decided because of what the peer said, so it fails when the peer is gone by then.
     `overrides`: a person said that what the register keeps this node from may be lost (A3); `forced`: that the primary
-    of record serves no more."""
+    of record serves no more; `unasked`: no person wants it (A19). A "handoff" gives the role to the peer; a "hold"
+    changes nothing: once it is ok no earlier swap can land any more (A0)."""
 
     purpose: Purpose
     epoch: int
@@ -120,6 +148,7 @@ class Swap(msgspec.Struct, frozen=True):
     needs_peer: bool = False
     overrides: bool = False
     forced: bool = False
+    unasked: bool = False
 
 
 # --- events
@@ -192,6 +221,8 @@ class RecordChanged(msgspec.Struct, frozen=True):
     epoch: int
     primary: str | None
     in_sync: tuple[str, ...]
+    paused: bool = False
+    latched: bool = False
 
 
 class Swapped(msgspec.Struct, frozen=True):
@@ -218,6 +249,17 @@ class Promote(msgspec.Struct, frozen=True):
 
 class Demote(msgspec.Struct, frozen=True):
     pass
+
+
+class Handoff(msgspec.Struct, frozen=True):
+    """A person wants the peer to be primary."""
+
+
+class Quiet(msgspec.Struct, frozen=True):
+    """The clients are paused, no write of theirs is in hand, and all that was answered is durable on both nodes;
+    `failure`: why it is not."""
+
+    failure: str = ""
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -251,6 +293,8 @@ Event = (
     | Swapped
     | Promote
     | Demote
+    | Handoff
+    | Quiet
     | Drained
     | GenerationBegan
     | Stop
@@ -263,6 +307,14 @@ Event = (
 
 class Drain(msgspec.Struct, frozen=True):
     """Stop reading from the clients, answer what was read, hang up, make it durable; then an event Drained."""
+
+
+class PauseClients(msgspec.Struct, frozen=True):
+    """Nothing more is read from the clients, who stay connected; then an event Quiet."""
+
+
+class ResumeClients(msgspec.Struct, frozen=True):
+    """They are read again."""
 
 
 class HangUp(msgspec.Struct, frozen=True):
@@ -284,4 +336,4 @@ class Answer(msgspec.Struct, frozen=True):
     retry_at_ns: int | None = None
 
 
-Action = Swap | Drain | HangUp | DropLink | Answer
+Action = Swap | Drain | PauseClients | ResumeClients | HangUp | DropLink | Answer

@@ -112,7 +112,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     `serving` is what the grant lets clients have: "mirrored" (an answer waits for the peer), "alone", "held" (requests
     wait; `held` says why) or "no" (not primary). `heartbeat_age_s`: since the last beat of ours that the peer
-    answered was sent. `starting`: the daemon has not opened everything yet, and nothing else here is certain.
+    answered was sent. `paused`, `latched`: the primary does not change by itself, because a person said so, or because
+    it changed too often within an hour. `starting`: the daemon has not opened everything yet, and nothing else here is
+    certain.
     """
 
     schema: str = "mirrorpair.status/1"
@@ -135,6 +137,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     starting: bool = False
     insecure: bool = False
     mode: Literal["sync", "semi-sync", "async"] = "sync"
+    paused: bool = False
+    latched: bool = False
     address: str = ""
     heartbeat_age_s: float | None = None
     uptime_s: float = 0.0
@@ -499,6 +503,29 @@ def _arbiter(status: Status) -> _Verdict | None:
     )
 
 
+def _paused(status: Status) -> _Verdict | None:
+    if not status.paused:
+        return None
+    return _Verdict(
+        "degraded",
+        "paused",
+        "a person has paused the pair: no failover and no failback happens by itself",
+        "`mirrorpair resume` when the work is done",
+    )
+
+
+def _latched(status: Status) -> _Verdict | None:
+    if not status.latched:
+        return None
+    return _Verdict(
+        "degraded",
+        "failback is latched",
+        "the primary has changed too often within an hour (max-role-changes-per-hour): service does not go back to the "
+        "preferred node by itself; a dead primary is still replaced",
+        "find out why it changes (`mirrorpair history` on both nodes), then `mirrorpair resume`",
+    )
+
+
 def _absence(peer: Peer) -> str:
     if peer.heartbeat_age_s is None:
         return "not heard yet"
@@ -519,4 +546,6 @@ _RULES: tuple[Callable[[Status], _Verdict | None], ...] = (
     _resyncing,
     _behind,
     _arbiter,
+    _paused,
+    _latched,
 )

@@ -7,6 +7,7 @@ Rules:
   its boot acquires nothing while the record lists another member, which may hold what was lost.
 - A11 Nothing is taken from the primary of record while this node's own promise to it runs, unless a person forces it,
   who knows that it serves no more.
+- A19 A paused pair changes its primary only when a person asks; F16 a latched one still fails over from a dead primary.
 - A1 The set changes only at the epoch and under the primary for which that was decided.
 - A0 A record that an earlier attempt of the same swap has written is no reason against the next one, which must follow:
   only its success says that none of them is still on its way.
@@ -35,6 +36,14 @@ class Read(NamedTuple):
     boot_lost: bool = False
     bound: bool = False
     own: bool = False
+    latched: bool = False
+
+
+def _unwanted(read: Read) -> str | None:
+    """A19, F16."""
+    if read.pause:
+        return "the pair is paused"
+    return "there were too many role changes within an hour: `mirrorpair resume` ends that" if read.latched else None
 
 
 def objection(swap: Swap, me: str, read: Read) -> str | None:
@@ -47,6 +56,12 @@ def objection(swap: Swap, me: str, read: Read) -> str | None:
         if read.primary != me or read.epoch >= swap.epoch:
             return f"the register says that {read.primary or 'nobody'} is primary of epoch {read.epoch}"
         return None
+    if swap.purpose == "handoff":
+        if read.primary != me or read.epoch >= swap.epoch:
+            return f"the register says that {read.primary or 'nobody'} is primary of epoch {read.epoch}"
+        if swap.primary not in read.in_sync:
+            return f"{swap.primary} is not in sync any more"
+        return _unwanted(read) if swap.unasked else None
     if swap.purpose not in ACQUISITIONS:
         wanted = me if swap.purpose in ("shrink", "release") else swap.primary
         if (read.epoch, read.primary) != (swap.epoch, wanted):

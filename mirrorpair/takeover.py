@@ -73,7 +73,7 @@ def acquire_again(state: State, _event: Event, now: int) -> Step:
 def peer_floor(state: State, event: Event, _now: int) -> Step:
     """A13: above what the peer has asked for no late attempt of it can land, and it promises again."""
     assert isinstance(event, PeerFloor)
-    if not state.arbitrated or state.raising or event.floor <= state.epoch or state.releasing:
+    if not state.arbitrated or state.raising or event.floor <= state.epoch or state.releasing or state.handing != "no":
         return stay(state)
     # One more: the peer may have seen that epoch with a record that was lost since (F17).
     swap = Swap("raise", event.floor + 1, state.me, None)

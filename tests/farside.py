@@ -21,11 +21,13 @@ from typing import IO, TYPE_CHECKING
 
 import mirrorpair
 from mirrorpair import _core
+from mirrorpair.messages import Welcome, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LIMIT_S = 30.0
+MIB = 1 << 20
 MIRRORPAIR = [sys.executable, "-m", "mirrorpair"]
 # This very package, whether it is installed or not, wherever a process starts.
 ROOT = str(Path(mirrorpair.__file__).resolve().parent.parent)
@@ -162,6 +164,17 @@ def write_script(path: Path, text: str) -> Path:
 def fake_ssh(folder: Path) -> Path:
     """Stands in for ssh: leaves the host out and runs this mirrorpair in place of the word for it."""
     return write_script(folder / "fake-ssh", f"shift 2\n{FAR_COMMAND}")
+
+
+def silent_after_start(channel: _core.Channel, connection: socket.socket) -> None:
+    """A far end that welcomes, and then reads and says nothing."""
+    channel.recv(LIMIT_S)
+    channel.send(_core.FRAME_WELCOME, encode(Welcome(protocol=1, version="x", size=MIB, kind="file")), LIMIT_S)
+    channel.recv(LIMIT_S)
+    connection.settimeout(LIMIT_S)
+    with contextlib.suppress(ConnectionError):
+        while connection.recv(65536):
+            pass
 
 
 @contextlib.contextmanager

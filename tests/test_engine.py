@@ -234,6 +234,96 @@ def test_close_clients_gracefully_answers_what_was_read(alone: Node) -> None:
     assert Client(alone).read(0, 1) == b"1"
 
 
+# --- a pause (planned change of roles)
+
+
+def quiet(node: Node) -> bool:
+    """Whether "clients-quiet" has been told; what was sent before has been looked at."""
+    node.flush()
+    return any(event.kind == "clients-quiet" for event in node.events)
+
+
+def test_a_pause_reads_nothing_more_and_its_end_goes_on_where_it_stopped(alone: Node) -> None:
+    clients = [Client(alone) for _ in range(3)]
+    clients[0].write(0, b"1" * 4096)
+    alone.engine.pause_clients(7)
+    assert alone.wait("clients-quiet").a == 7
+    late = [client.start(WRITE, 0, 4096, b"2" * 4096) for client in clients]
+    new = Client(alone)
+    asked = new.start(READ, 0, 4096)
+    alone.flush()
+    assert all(client.pending(cookie) for client, cookie in zip([*clients, new], [*late, asked], strict=True))
+    assert alone.content()[:4096] == b"1" * 4096
+    alone.engine.resume_clients()
+    assert [client.wait(cookie) for client, cookie in zip(clients, late, strict=True)] == [(0, b"")] * 3
+    assert new.wait(asked)[0] == 0
+    assert new.read(0, 4096) == b"2" * 4096
+    assert not quiet(alone)  # told once
+
+
+@pytest.mark.parametrize("kind", [WRITE, FLUSH, ZEROES, TRIM])
+def test_a_pause_is_quiet_when_the_changes_in_hand_are_answered(alone: Node, kind: int) -> None:
+    client = Client(alone)
+    client.write(0, b"1" * 8192)
+    alone.grant(_core.GRANT_NONE)
+    alone.flush()
+    read = client.start(READ, 0, 4096)  # waits for a grant, and for it nobody
+    held = client.start(WRITE, 0, 4096, b"2" * 4096)
+    asked = client.start(
+        kind, 4096 if kind != FLUSH else 0, 4096 if kind != FLUSH else 0, b"3" * 4096 * (kind == WRITE)
+    )
+    alone.flush()
+    alone.engine.pause_clients(7)
+    assert not quiet(alone)
+    alone.grant(_core.GRANT_ALONE)
+    alone.wait("clients-quiet")
+    assert client.wait(read)[0] == client.wait(held)[0] == client.wait(asked)[0] == 0
+    alone.engine.resume_clients()
+    assert client.read(0, 4096) == b"2" * 4096
+
+
+def test_a_payload_that_has_begun_is_not_waited_for_and_goes_on_after_the_pause(alone: Node) -> None:
+    client, other = Client(alone), Client(alone)
+    data = os.urandom(256 * KIB)
+    cookie = client.start(WRITE, 0, len(data), data[: 100 * KIB])
+    alone.flush()
+    alone.engine.pause_clients(7)
+    alone.wait("clients-quiet")
+    client.sock.sendall(data[100 * KIB :])
+    alone.flush()
+    assert client.pending(cookie)
+    assert not any(alone.content())
+    alone.engine.resume_clients()
+    assert client.wait(cookie) == (0, b"")
+    assert other.read(0, len(data)) == data
+
+
+def test_who_is_hung_up_on_in_a_pause_has_done_nothing_since_and_the_next_client_is_served(alone: Node) -> None:
+    client = Client(alone)
+    client.write(0, b"1" * 4096)
+    alone.engine.pause_clients(7)
+    alone.wait("clients-quiet")
+    client.start(WRITE, 0, 4096, b"2" * 4096)
+    alone.engine.close_clients(graceful=False)
+    alone.wait("clients-closed")
+    with pytest.raises((EOFError, ConnectionError)):
+        client.wait(client.cookie)
+    assert Client(alone).read(0, 4096) == b"1" * 4096
+
+
+def test_a_client_that_leaves_in_a_pause_is_not_missed(alone: Node) -> None:
+    client = Client(alone)
+    client.write(0, b"1" * 4096)
+    alone.engine.pause_clients(7)
+    alone.wait("clients-quiet")
+    client.close()
+    alone.flush()
+    alone.engine.resume_clients()
+    while alone.wait("client").text != "left":
+        pass
+    assert alone.engine.volume_status(0).clients == 0
+
+
 # --- the grant
 
 

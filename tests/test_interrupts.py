@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from farside import peer, silent_after_start
 
 import mirrorpair as mp
 from mirrorpair import drive, offline
@@ -41,19 +42,18 @@ def two(make_image: MakeImage, size: int = 4 * MIB) -> tuple[Path, Path]:
 def test_one_before_the_first_look_ends_the_run_and_its_result_is_told(
     function: str, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, target = two(make_image)
+    image = make_image("a.img", MIB, {0: b"x"})
 
     def late(*args: Any, **kwargs: Any) -> drive.Run:
         interrupt()  # the engine runs; nobody looks after it yet
         return drive.drive(*args, **kwargs)
 
     monkeypatch.setattr(offline, "drive", late)
-    # So slow that it cannot be at its end before it is told to stop.
-    with pytest.raises(mp.Interrupted, match="compared") as caught:
-        getattr(mp, function)(source, target, rate=MIB)
+    with peer(silent_after_start) as port, pytest.raises(mp.Interrupted, match="compared") as caught:
+        getattr(mp, function)(image, f"tcp://127.0.0.1:{port}/x")
     result = caught.value.result
     assert isinstance(result, mp.ResyncResult | mp.CompareResult)
-    assert result.done_bytes < 4 * MIB
+    assert result.done_bytes < MIB
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -24,6 +24,7 @@ PURE_ROWS = [
     ["endpoint", "handshake", "history", "liveness", "messages", "report", "rolewords", "tomltable"],
     ["rolesteps", "status", "swaprules"],
     ["takeover"],
+    ["handoff"],
     ["roles"],
     ["foresee"],
 ]

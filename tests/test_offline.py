@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from farside import LIMIT_S, children, fake_ssh, peer, running
+from farside import LIMIT_S, children, fake_ssh, peer, running, silent_after_start
 
 import mirrorpair as mp
 from mirrorpair import _core
@@ -43,17 +43,6 @@ def nothing_left_behind(open_descriptors: Callable[[], set[int]]) -> Iterator[No
 @pytest.fixture
 def random_pair(make_image: MakeImage) -> tuple[Path, Path]:
     return make_image("a.img", 8 * MIB, {0: os.urandom(8 * MIB)}), make_image("b.img", 8 * MIB)
-
-
-def silent_after_start(channel: _core.Channel, connection: socket.socket) -> None:
-    """A far end that welcomes, and then reads and says nothing."""
-    channel.recv(LIMIT_S)
-    channel.send(_core.FRAME_WELCOME, encode(Welcome(protocol=1, version="x", size=MIB, kind="file")), LIMIT_S)
-    channel.recv(LIMIT_S)
-    connection.settimeout(LIMIT_S)
-    with contextlib.suppress(ConnectionError):
-        while connection.recv(65536):
-            pass
 
 
 def reference(one: bytes, other: bytes) -> list[tuple[int, int]]:

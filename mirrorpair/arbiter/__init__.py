@@ -45,7 +45,9 @@ class Writer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Register(msgspec.Struct, frozen=True, kw_only=True):
-    """The record. `primary` None: nobody is primary (before the first promotion, after a demotion)."""
+    """The record. `handoff`: who was given the role and has not acquired it yet; `pause`: a person's wish that nothing
+    changes the primary unasked (A19); `role_changes`: when it changed, seconds since 1970, the last hour's; `latched`:
+    these were too many (F16). `primary` None: nobody is primary (before the first promotion, after a demotion)."""
 
     format: Annotated[int, msgspec.Meta(ge=1, le=65535)] = FORMAT
     pair_uuid: Annotated[str, msgspec.Meta(max_length=64)] = ""
@@ -58,6 +60,7 @@ class Register(msgspec.Struct, frozen=True, kw_only=True):
     failed: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=2)] = ()
     pause: bool = False
     role_changes: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=64)] = ()
+    latched: bool = False
     writer: Writer | None = None
 
     def __post_init__(self) -> None:
