@@ -10,7 +10,8 @@ Rules:
 - Before the swap is sent, whatever goes wrong (a lost link, a slow flush, `handoff_ns`) resumes the clients here.
 - A0 After a swap of which nothing is known this node answers nothing until a later one of its own is ok ("hold"), or
   the record shows that the role is gone. A record that still names this node proves nothing: the swap may come later.
-- A3 Only a member of the in-sync set is given the role (swaprules.py looks at it once more).
+- A3 Only a member of the in-sync set is given the role (swaprules.py looks at it once more), and only once it has all on
+  this very link: a member that is being sent again what was in flight could not take it.
 - A11 Who is named does not wait for a promise; an acquisition of its own, of yet another epoch, comes before it serves.
 - A19 A failback that nobody asked for is left undone while the pair is paused, or latched (F16).
 """
@@ -52,7 +53,7 @@ def obstacle(state: State) -> str | None:
         return f"{peer} is stopping"
     if state.phase is not Phase.PAIRED:
         return f"{me} and {peer} are not linked"
-    if state.expanding != "no" or set(state.in_sync) != {me, peer}:
+    if state.expanding != "no" or set(state.in_sync) != {me, peer} or not state.equal:
         return f"{peer} is not in sync: it would lose what it has not got yet"
     return None
 
@@ -147,7 +148,7 @@ def paired_tick(state: State, event: Event, now: int) -> Step:
 
 
 def _steady(state: State) -> bool:
-    both = state.expanding == "no" and set(state.in_sync) == {state.me, state.peer}
+    both = state.expanding == "no" and set(state.in_sync) == {state.me, state.peer} and state.equal
     return state.phase is Phase.PAIRED and state.handing == "no" and both
 
 

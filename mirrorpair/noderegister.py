@@ -233,7 +233,9 @@ class WitnessSide:
         acquired = action.purpose in ACQUISITIONS
         role: RoleName = "primary" if record.register.primary == self._core.name else "secondary"
         await self._learned(record, role, settled=acquired or self._core.settled)
-        return Swapped(msgspec.structs.replace(action, in_sync=record.register.in_sync), True)
+        register = record.register
+        done = msgspec.structs.replace(action, in_sync=register.in_sync)
+        return Swapped(done, True, paused=register.pause, latched=register.latched)
 
     def _as_read(self, record: Versioned, nonces: set[int]) -> Read:
         register = record.register

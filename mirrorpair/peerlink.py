@@ -218,7 +218,7 @@ class PeerLink:
         self._limit.line(text, clock_boottime_ns())
 
     async def _accepted_data(self, sock: socket.socket) -> None:
-        """The dialer gives an attempt up before it makes the next one: the next one waits until that is noticed here."""
+        """The dialer gives an attempt up before it makes the next one, which waits until that is noticed here."""
         if self.dials or self._data_waiting >= MAX_DATA_WAITING:
             return
         self._data_waiting += 1

@@ -134,7 +134,14 @@ def step(state: State, event: Event, now: int) -> Step:
         assert swap.in_sync is not None
         found = "no" if state.handing == "unknown" else state.handing
         state = change(
-            state, epoch=swap.epoch, primary=swap.primary, in_sync=swap.in_sync, expanding="no", handing=found
+            state,
+            epoch=swap.epoch,
+            primary=swap.primary,
+            in_sync=swap.in_sync,
+            expanding="no",
+            handing=found,
+            paused=event.paused,
+            latched=event.latched,
         )
     handler = TABLE.get((state.phase, type(event)))
     done = stay(state) if handler is None else handler(state, event, now)

@@ -100,8 +100,10 @@ def watch(state: State, at_ns: int) -> State:
 def expand(state: State) -> Step:
     """Takes a linked, equal peer into the set, if this is the time for it."""
     both = tuple(sorted((state.me, state.peer)))
-    if not state.equal or state.in_sync == both or state.expanding == "asked":
+    if not state.equal or state.expanding == "asked":
         return stay(state)
+    if state.in_sync == both and state.expanding == "no":
+        return stay(state)  # (one of which nothing is known is asked for again, whatever the record says: A0)
     # Without a primary the link's source does it; where there is one, the set is the primary's alone.
     if state.phase is not Phase.PAIRED and (state.phase is not Phase.SECONDARY or state.peer_role == "primary"):
         return stay(state)

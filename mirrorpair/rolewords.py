@@ -226,7 +226,8 @@ class RecordChanged(msgspec.Struct, frozen=True):
 
 
 class Swapped(msgspec.Struct, frozen=True):
-    """The outcome of an action Swap. `ok`: the register is what it asked for, durably; `unknown`: it may be (A0);
+    """The outcome of an action Swap. `ok`: the register is what it asked for, durably, and `paused` and `latched` as
+    said; `unknown`: it may be (A0);
     `code`: what a person's command ends with if it is neither, by default that somebody else changed the roles."""
 
     swap: Swap
@@ -234,6 +235,8 @@ class Swapped(msgspec.Struct, frozen=True):
     why: str = ""
     unknown: bool = False
     code: int = WRONG_ROLE
+    paused: bool = False
+    latched: bool = False
 
 
 class Promote(msgspec.Struct, frozen=True):

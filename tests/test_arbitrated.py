@@ -6,11 +6,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 import witnessworld
 from witnessworld import Attempt, Machine, World
 
-from mirrorpair.rolewords import State, Swap, Swapped
+from mirrorpair import handoff, roles
+from mirrorpair.rolesteps import Step, change
+from mirrorpair.rolewords import Mode, State, Swap, Swapped
 from mirrorpair.swaprules import Read, objection
 
 BOTH = ("alpha", "beta")
@@ -43,6 +46,30 @@ def keen_objection(swap: Swap, me: str, read: Read) -> str | None:
     return objection(swap, me, read._replace(in_sync=()))
 
 
+def heedless_objection(swap: Swap, me: str, read: Read) -> str | None:
+    return objection(swap, me, read._replace(pause=False))
+
+
+def forgetful_handoff(state: State, event: Swapped, now: int) -> Step:
+    """A handoff of which nothing is known counts as not done."""
+    return SWAPPED(state, msgspec.structs.replace(event, unknown=False), now)
+
+
+def trusting(before: State, done: Step, now: int) -> Step:
+    """After an unknown handoff a record that still names this node is taken for a proof."""
+    if before.handing == "unknown" and done.state.role == "primary" and done.sentence.startswith("the record says"):
+        done = done._replace(state=change(done.state, handing="no"))
+    return SETTLE(before, done, now)
+
+
+def generous(state: State) -> Mode:
+    """What is being given away is answered for all the same."""
+    return MODE_OF(change(state, handing="no"))
+
+
+SWAPPED, SETTLE, MODE_OF = handoff.swapped, handoff.settle, roles.mode_of
+
+
 def never(value: Any) -> property:
     return property(lambda _: value, lambda _, __: None)
 
@@ -55,6 +82,10 @@ WEAKENED: dict[str, tuple[object, str, object]] = {
     "A4 a lost boot is no reason": (Machine, "boot_lost", never(False)),
     "A10 validity is not looked at": (Machine, "valid", lambda _: True),
     "A11 promises are not kept": (Machine, "bound_until", never(0)),
+    "A19 a pause is not looked at": (witnessworld, "objection", heedless_objection),
+    "A0 an unknown handoff counts as none": (handoff, "swapped", forgetful_handoff),
+    "A0 a record proves that a handoff did not happen": (handoff, "settle", trusting),
+    "a handoff answers until the peer does": (roles, "mode_of", generous),
     "A13 promises beside an attempt": (Machine, "promises", lambda self, epoch: epoch >= self.state.epoch),
 }
 
@@ -68,7 +99,7 @@ def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule:
         for seed in range(1000):
             simulate(random.Random(seed))
 
-    with pytest.raises(AssertionError, match=r"^I\d"):
+    with pytest.raises(AssertionError, match=r"^(I\d|A19):"):
         many()
 
 
@@ -121,6 +152,18 @@ def swap(purpose: Any, epoch: int, primary: str | None = "alpha", **changes: Any
         (swap("expand", 7), Read(7, None, ("alpha",)), "nobody is primary of epoch 7"),
         (swap("release", 7, None), Read(7, "alpha", BOTH), None),
         (swap("release", 7, None), Read(8, "beta", BOTH), "beta is primary of epoch 8"),
+        (swap("handoff", 8, "beta"), Read(7, "alpha", BOTH), None),
+        (swap("handoff", 8, "beta"), Read(7, "alpha", BOTH, pause=True, latched=True), None),
+        (swap("handoff", 8, "beta", unasked=True), Read(7, "alpha", BOTH), None),
+        (swap("handoff", 8, "beta", unasked=True), Read(7, "alpha", BOTH, pause=True), "paused"),
+        (swap("handoff", 8, "beta", unasked=True), Read(7, "alpha", BOTH, latched=True), "too many role changes"),
+        (swap("handoff", 8, "beta"), Read(7, "alpha", ("alpha",)), "beta is not in sync"),
+        (swap("handoff", 8, "beta"), Read(8, "alpha", BOTH), "alpha is primary of epoch 8"),
+        (swap("handoff", 8, "beta"), Read(7, "beta", BOTH), "beta is primary of epoch 7"),
+        (swap("handoff", 8, "beta"), Read(8, "beta", BOTH, own=True), None),
+        (swap("takeover", 8), Read(7, "beta", BOTH, latched=True), None),
+        (swap("hold", 7), Read(7, "alpha", BOTH), None),
+        (swap("hold", 7), Read(8, "beta", BOTH), "beta is primary of epoch 8"),
     ],
 )
 def test_a_swap_follows_from_the_record_that_was_read_or_is_not_made(

@@ -2,13 +2,16 @@
 
 The machines are the product's (`roles.step`, `swaprules.objection`, `arbiter.check_successor`); what is played here is
 what lies around them: a wire and a data link that break apart or together; a witness that is away for one or both,
-loses a request, loses a reply, or does a swap late, also after its sender has died; promises and their ends; clocks
+loses a request, loses a reply, or does a swap late, also after its sender has died; handoffs, asked for or by
+themselves to a preferred node, and a pair that is paused; promises and their ends; clocks
 that drift by up to rho and stand still; crashes of daemons; one lost boot at a time; disks in the middle of a resync.
 
 What is checked (AssertionError, with the last steps):
 - I3 Two nodes never acknowledge at the same moment. I1 Whoever serves reads has every acknowledged write.
 - I4 Who becomes primary has every acknowledged write and no half-copied disk.
-- I8 Once nothing fails any more, one node serves and both are in sync, within a bound of turns.
+- A19 Nobody takes over, and nobody is handed the role unasked, while the record says that the pair is paused.
+- I8 Once nothing fails any more, one node serves and both are in sync, within a bound of turns; its clients are not
+  paused, and where a node is preferred it is that one.
 """
 
 from __future__ import annotations
@@ -28,16 +31,21 @@ from mirrorpair.rolewords import (
     DropLink,
     Event,
     GenerationBegan,
+    Handoff,
+    HangUp,
     LinkLost,
     LinkUp,
     Mode,
+    PauseClients,
     PeerDown,
     PeerFloor,
     PeerSaid,
     PeerUp,
     Phase,
     Promote,
+    Quiet,
     RecordChanged,
+    ResumeClients,
     Started,
     State,
     Swap,
@@ -61,11 +69,15 @@ ATTEMPTS = 5
 class Attempt:
     """A swap that is being carried out."""
 
-    def __init__(self, action: Swap) -> None:
+    def __init__(self, action: Swap, session: int) -> None:
         self.action = action
         self.nonces: set[int] = set()
         self.unknown = False
         self.tries = 0
+        self.tried = -1
+        """the highest version that it was sent on"""
+        self.session = session
+        self.pause = False
 
 
 class Witness:
@@ -76,11 +88,18 @@ class Witness:
         self.late: list[tuple[int, Register]] = []
         """swaps that are still on their way"""
 
-    def cas(self, version: int, new: Register) -> bool:
+    def cas(self, version: int, new: Register, *, late: bool = False) -> bool:
         if version != self.record.version or check_successor(self.record.register, new) is not None:
             return False
-        self.record = Versioned(version=version + 1, register=new)
+        before = self.record.register.primary
         self.world.say(f"witness: epoch {new.epoch}, {new.primary}, {new.in_sync}")
+        if before is not None and new.primary not in (None, before):
+            self.world.changes += 1
+            assert not new.pause or (new.writer and new.writer.nonce in self.world.wanted), "A19: changed in a pause"
+        raised = new.epoch > self.record.register.epoch
+        self.record = Versioned(version=version + 1, register=new)
+        if new.primary is not None and raised:
+            self.world.named(new.primary, late=late)
         return True
 
 
@@ -108,8 +127,15 @@ class Machine:
 
     def start(self) -> None:
         self.state = State(
-            me=self.name, peer=self.peer, survivor="primary", arbitrated=True, suspect_ns=SUSPECT, retry_ns=S // 4
+            me=self.name,
+            peer=self.peer,
+            survivor="primary",
+            arbitrated=True,
+            suspect_ns=SUSPECT,
+            retry_ns=S // 4,
+            failback_ns=4 * S if self.world.prefer == self.peer else None,
         )
+        self.paused_clients = False
         self.up = True
         self.inbox: list[Event] = []
         self.attempts: list[Attempt] = []
@@ -136,10 +162,17 @@ class Machine:
         self.state = step.state
         self.world.say(f"{self.name}: {type(event).__name__}: {step.sentence} [{step.state.phase.value}]")
         if before.role != "primary" and self.state.role == "primary":
-            self.world.acquired(self)
+            self.world.acquisitions += 1
         for action in step.actions:
             if isinstance(action, Swap):
-                self.attempts.append(Attempt(action))
+                self.attempts.append(Attempt(action, self.world.session))
+            elif isinstance(action, PauseClients):
+                self.paused_clients = True
+                self.inbox.append(Quiet("too slow" if self.world.faults and self.world.rng.random() < 0.1 else ""))
+                if self.world.link:
+                    self.flushed, self.other.flushed = set(self.data), set(self.other.data)
+            elif isinstance(action, ResumeClients | HangUp):
+                self.paused_clients = False
             elif isinstance(action, DropLink):
                 self.world.cut_link("dropped on purpose")
             elif isinstance(action, Drain):
@@ -177,7 +210,7 @@ class Machine:
         r = record.register
         self.epoch = max(self.epoch, r.epoch)
         self.floor = max(self.floor, self.epoch)
-        self.inbox.append(RecordChanged(r.epoch, r.primary, r.in_sync))
+        self.inbox.append(RecordChanged(r.epoch, r.primary, r.in_sync, r.pause))
 
     def ask(self) -> None:
         """One more try of the swap that is due, or a look."""
@@ -196,8 +229,11 @@ class Machine:
                 self.end(False, "inconsistent")
                 return
             self.flushed = set(self.data)
-        if attempt.tries > ATTEMPTS or not reached:
+        if attempt.tries > self.world.attempts or not reached:
             self.end(False, "the witness does not answer")
+            return
+        if action.purpose in ("expand", "handoff") and (not self.world.wire or self.world.session != attempt.session):
+            self.end(False, "the peer is not connected any more")
             return
         record = witness.record
         old = record.register
@@ -205,17 +241,22 @@ class Machine:
             old.epoch,
             old.primary,
             old.in_sync,
+            pause=old.pause,
             boot_lost=self.state.boot_lost,
             bound=self.clock() < self.bound_until,
             own=old.writer is not None and old.writer.node == self.name and old.writer.nonce in attempt.nonces,
         )
         if (reason := objection(action, self.name, read)) is not None:
             self.take(record)
+            attempt.unknown = attempt.unknown and record.version <= attempt.tried
             self.end(False, reason)
             return
         self.floor = max(self.floor, action.epoch)
         nonce = next(self.world.nonces)
         attempt.nonces.add(nonce)
+        attempt.tried = record.version
+        if action.purpose in ("promote", "readopt") or (action.purpose == "handoff" and not action.unasked):
+            self.world.wanted.add(nonce)
         new = msgspec.structs.replace(
             old,
             epoch=action.epoch,
@@ -223,7 +264,7 @@ class Machine:
             in_sync=old.in_sync if action.in_sync is None else action.in_sync,
             writer=Writer(node=self.name, nonce=nonce),
         )
-        fate = rng.choices(["done", "request lost", "reply lost", "late"], [80, 5, 8, 7])[0]
+        fate = rng.choices(["done", "request lost", "reply lost", "late"], self.world.fates)[0]
         if not self.world.faults:
             fate = "done"
         if fate == "done":
@@ -233,8 +274,9 @@ class Machine:
                 self.floor = max(self.floor, self.epoch)
                 if action.purpose in ACQUISITIONS:
                     self.was_primary, self.clean, self.boot_lost = True, False, False
-                elif action.purpose == "release":
+                elif action.purpose in ("release", "handoff"):
                     self.was_primary = False
+                attempt.pause = new.pause
                 attempt.action = msgspec.structs.replace(action, in_sync=new.in_sync)
                 self.end(True)
             return
@@ -246,7 +288,8 @@ class Machine:
 
     def end(self, ok: bool, why: str = "") -> None:
         attempt = self.attempts.pop(0)
-        self.inbox.append(Swapped(attempt.action, ok, why, unknown=attempt.unknown and not ok))
+        unknown = attempt.unknown and not ok
+        self.inbox.append(Swapped(attempt.action, ok, why, unknown=unknown, paused=ok and attempt.pause))
 
 
 class World:
@@ -262,6 +305,16 @@ class World:
         self.numbers = itertools.count(1)
         self.told = False
         self.acquisitions = 0
+        self.changes = 0
+        self.wanted: set[int] = set()
+        """attempts at a change that somebody asked for, or that takes a node's own role back"""
+        self.session = 0
+        bad = rng.choice([1, 1, 8])
+        self.fates = [80, 5 * bad, 8 * bad, 7 * bad]
+        """of a swap, in hundredths or so; of some worlds most come to nothing, or come late"""
+        self.attempts = rng.choice([1, ATTEMPTS])
+        self.storm = rng.choice([1, 0.2])
+        self.prefer = rng.choice([None, "alpha", "beta"])
         self.node: dict[str, Machine] = {}
         self.witness = Witness(self)
         for name, peer in (("alpha", "beta"), ("beta", "alpha")):
@@ -277,11 +330,15 @@ class World:
 
     # --- what must hold
 
-    def acquired(self, machine: Machine) -> None:
-        self.acquisitions += 1
+    def named(self, name: str, *, late: bool) -> None:
+        """I4, at the moment at which the register names it. Who lost its boot, or is in the middle of a resync, is
+        named at most by a late swap from before that, and does not serve (A4, its disks)."""
+        machine = self.node[name]
+        if machine.boot_lost:
+            return
         lost = self.acked - machine.data
-        assert not lost, f"I4: {machine.name} became primary without {len(lost)} acknowledged writes"
-        assert machine.sound, f"I4: {machine.name} became primary in the middle of a resync"
+        assert not lost, f"I4: {name} is named primary without {len(lost)} acknowledged writes"
+        assert machine.sound or late, f"I4: {name} is named primary in the middle of a resync"
 
     def check(self) -> None:
         assert sum(machine.acknowledges() for machine in self.machines) <= 1, "I3: both acknowledge"
@@ -311,6 +368,7 @@ class World:
         if self.wire or not all(machine.up and not machine.inbox for machine in self.machines):
             return
         self.wire = True
+        self.session += 1
         said = [(machine.state.role, machine.state.epoch) for machine in self.machines]
         for machine, (role, epoch) in zip(self.machines, said[::-1], strict=True):
             machine.inbox.append(PeerUp(role, epoch))
@@ -376,7 +434,7 @@ class World:
         for machine in self.machines:
             if not machine.up or machine.state.role != "primary":
                 continue
-            if not machine.serves_reads():
+            if not machine.serves_reads() or machine.paused_clients:
                 continue
             number = next(self.numbers)
             machine.data.add(number)
@@ -419,18 +477,20 @@ class World:
             "start": 4,
             "alone": 4,
             "idle": 0.3,
+            "handoff": 2,
         }
         if self.faults:
-            kinds |= {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1}
-            kinds |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2}
+            faults = {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1, "pause": 0.3}
+            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2}
+            kinds |= {fault: weight * self.storm for fault, weight in faults.items()}
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "event" and machine.up and machine.inbox:
             machine.step(machine.inbox.pop(0))
         elif kind == "ask" and machine.up:
             machine.ask()
-        elif kind == "tick" and machine.up and machine.state.deadline_ns is not None:
+        elif kind == "tick" and machine.up and machine.state.wake_ns is not None:
             if rng.random() < 0.5:
-                self.now = max(self.now, int((machine.state.deadline_ns - 10**12) / machine.rate) + 1)
+                self.now = max(self.now, int((machine.state.wake_ns - 10**12) / machine.rate) + 1)
             machine.step(Tick())
         elif kind == "beat":
             self.beat(machine)
@@ -447,7 +507,7 @@ class World:
         elif kind == "idle" or (kind == "alone" and machine.state.phase is Phase.ALONE):
             machine.look = True
         elif kind == "late" and self.witness.late:
-            self.witness.cas(*self.witness.late.pop(rng.randrange(len(self.witness.late))))
+            self.witness.cas(*self.witness.late.pop(rng.randrange(len(self.witness.late))), late=True)
         elif kind == "cut":
             self.cut_wire("cut")
         elif kind == "unlink":
@@ -468,6 +528,10 @@ class World:
                     bound_until_ns=machine.bound_until,
                 )
             )
+        elif kind == "handoff" and machine.up and self.faults:
+            machine.step(Handoff())
+        elif kind == "pause":
+            self.pause(paused=not self.witness.record.register.pause)
         elif kind == "witness":
             self.witness.up = not self.witness.up
         elif kind == "way":
@@ -476,6 +540,12 @@ class World:
             self.now += rng.randrange(5 * S)  # all of it: a machine that stands still, answers that are late
         self.now += rng.randrange(S // 50)
         self.check()
+
+    def pause(self, *, paused: bool) -> None:
+        """By a person; what the swap is made from is read and written at once."""
+        record = self.witness.record
+        if record.version:
+            self.witness.cas(record.version, msgspec.structs.replace(record.register, pause=paused, writer=None))
 
     def run(self, turns: int) -> None:
         try:
@@ -489,6 +559,7 @@ class World:
         self.faults = False
         self.witness.up = True
         self.way = dict.fromkeys(self.way, True)
+        self.pause(paused=False)
         for _ in range(turns):
             self.run(1)
             if self.well():
@@ -502,4 +573,6 @@ class World:
                 self.node["alpha"].step(Promote(accept_data_loss=False, force=False, obstacle=None, bound_until_ns=0))
             return False
         both = ("alpha", "beta")
-        return len(primaries) == 1 and primaries[0].acknowledges() and self.witness.record.register.in_sync == both
+        if len(primaries) != 1 or primaries[0].paused_clients or self.prefer not in (None, primaries[0].name):
+            return False
+        return primaries[0].acknowledges() and self.witness.record.register.in_sync == both
