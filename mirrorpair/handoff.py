@@ -10,8 +10,8 @@ Rules:
 - Before the swap is sent, whatever goes wrong (a lost link, a slow flush, `handoff_ns`) resumes the clients here.
 - A0 After a swap of which nothing is known this node answers nothing until a later one of its own is ok ("hold"), or
   the record shows that the role is gone. A record that still names this node proves nothing: the swap may come later.
-- A3 Only a member of the in-sync set is given the role (swaprules.py looks at it once more), and only once it has all on
-  this very link: a member that is being sent again what was in flight could not take it.
+- A3 Only a member of the in-sync set is given the role (swaprules.py looks at it once more), and only once it has all
+  on this very link: a member that is being sent again what was in flight could not take it.
 - A11 Who is named does not wait for a promise; an acquisition of its own, of yet another epoch, comes before it serves.
 - A19 A failback that nobody asked for is left undone while the pair is paused, or latched (F16).
 """

@@ -22,7 +22,11 @@ def unbuilt(config: Config, name: str) -> list[tuple[str, str]]:
     asked = (
         (config.mode != "sync", "pair.mode", '"sync"'),
         (config.arbiter == "etcd", "pair.arbiter", '"witness", or "none": roles by hand'),
-        (config.failback != "manual", "pair.failback", '"manual"'),
+        (
+            config.failback != "manual" and config.arbiter == "none",
+            "pair.failback",
+            '"manual", since nobody fails over by itself with arbiter = "none"',
+        ),
         (config.reads != "validity", "pair.reads", '"validity"'),
         (bool(me.heartbeat_addresses), f"{node}.heartbeat-address", "to leave it out"),
         (me.http is not None, f"{node}.http", "to leave it out"),

@@ -34,6 +34,7 @@ MIB = 1 << 20
 CONFIG = """
 [pair]
 name = "shop"
+{options}
 {arbiter}
 
 [heartbeat]
@@ -199,8 +200,9 @@ class Pair:
         promise: str = "1s",
         suspect_after: int = 5,
         arbiter: str = "none",
+        options: str = "",
     ) -> None:
-        """`arbiter` "witness": `self.witness` is one, which `up` starts."""
+        """`arbiter` "witness": `self.witness` is one, which `up` starts. `options`: more lines of the [pair] table."""
         self.folder = folder
         self.size = size
         self.volumes = volumes
@@ -215,6 +217,7 @@ class Pair:
         )
         self.config.write_text(
             CONFIG.format(
+                options=options,
                 arbiter=f'arbiter = "none"\nsurvivor = "{survivor}"'
                 if arbiter == "none"
                 else f'arbiter = "witness"\n[witness]\naddress = "{self.witness.address}"\nstate-dir = "records"',
