@@ -19,8 +19,12 @@ from mirrorpair.swaprules import Read, objection
 BOTH = ("alpha", "beta")
 
 
-def simulate(rng: random.Random) -> World:
+def simulate(rng: random.Random, **traits: object) -> World:
+    """`traits`: what the world's own dice have chosen otherwise."""
     world = World(rng)
+    for name, value in traits.items():
+        assert hasattr(world, name)
+        setattr(world, name, value)
     world.run(3000)
     world.heal(6000)
     return world
@@ -83,9 +87,6 @@ WEAKENED: dict[str, tuple[object, str, object]] = {
     "A10 validity is not looked at": (Machine, "valid", lambda _: True),
     "A11 promises are not kept": (Machine, "bound_until", never(0)),
     "A19 a pause is not looked at": (witnessworld, "objection", heedless_objection),
-    "A0 an unknown handoff counts as none": (handoff, "swapped", forgetful_handoff),
-    "A0 a record proves that a handoff did not happen": (handoff, "settle", trusting),
-    "a handoff answers until the peer does": (roles, "mode_of", generous),
     "A13 promises beside an attempt": (Machine, "promises", lambda self, epoch: epoch >= self.state.epoch),
 }
 
@@ -97,10 +98,35 @@ def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule:
 
     def many() -> None:
         for seed in range(1000):
-            simulate(random.Random(seed))
+            simulate(random.Random(seed), storm=1)
 
     with pytest.raises(AssertionError, match=r"^(I\d|A19):"):
         many()
+
+
+def test_a_handoff_that_comes_late_at_the_worst_moment_makes_no_second_primary(rng: random.Random) -> None:
+    for _ in range(20):
+        World(rng).worst_handoff()
+
+
+WEAKENED_HANDOFF: dict[str, tuple[object, str, object]] = {
+    "A0 an unknown handoff counts as none": (handoff, "swapped", forgetful_handoff),
+    "A0 a record proves that a handoff did not happen": (handoff, "settle", trusting),
+    "the role is answered for while it is given away": (roles, "mode_of", generous),
+}
+
+
+@pytest.mark.parametrize("rule", WEAKENED_HANDOFF)
+def test_it_bites_when_a_rule_of_the_handoff_is_weakened(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    owner, name, value = WEAKENED_HANDOFF[rule]
+    monkeypatch.setattr(owner, name, value)
+
+    def some() -> None:
+        for seed in range(20):
+            World(random.Random(seed)).worst_handoff()
+
+    with pytest.raises(AssertionError, match=r"^I\d:"):
+        some()
 
 
 # --- what a swap may follow from

@@ -566,6 +566,47 @@ class World:
                 return
         raise AssertionError("I8: they do not come together\n" + "\n".join(self.trace[-80:]))
 
+    def worst_handoff(self) -> None:
+        """The role is given away by a swap that comes late, when the two hear nothing of each other any more, and the
+        old primary nothing of the witness either; then the new one answers writes alone. All else goes well."""
+        self.heal(6000)
+        old = next(one for one in self.machines if one.state.role == "primary")
+        new = old.other
+        self.work_off(old)
+        self.beat(old)
+        old.step(Handoff())
+        self.work_off(old)
+        self.pause(paused=True)  # so that the swap is made on a version which the old primary has not looked at before
+        self.faults, self.fates, self.attempts = True, [0, 0, 0, 1], 1
+        old.ask()
+        old.ask()
+        self.faults = False
+        self.work_off(old)
+        old.look = True
+        old.ask()
+        self.work_off(old)
+        self.cut_wire("cut")
+        self.way[old.name] = False
+        assert self.witness.cas(*self.witness.late.pop(), late=True)
+        assert self.witness.record.register.primary == new.name
+        before = len(self.acked)
+        for _ in range(500):
+            for machine in self.machines:
+                self.work_off(machine)
+                if machine.state.wake_ns is not None and machine.clock() >= machine.state.wake_ns:
+                    machine.step(Tick())
+                machine.look = True
+                machine.ask()
+            self.write()
+            self.now += S // 50
+            self.check()
+        assert new.acknowledges(), "the new primary does not serve"
+        assert len(self.acked) > before
+
+    def work_off(self, machine: Machine) -> None:
+        while machine.inbox:
+            machine.step(machine.inbox.pop(0))
+
     def well(self) -> bool:
         primaries = [one for one in self.machines if one.up and one.state.role == "primary"]
         if not primaries and self.witness.record.register.primary is None and not self.node["alpha"].attempts:
