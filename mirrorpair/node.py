@@ -8,6 +8,7 @@ Rules:
 - Everything is opened and locked before anything is told to anybody; what fails to start leaves nothing behind.
 - SIGTERM: clients drained, everything durable on both, the peer told and its answer awaited, bits and log written,
   and only then marked as clean (A18). A second look at what may differ is not needed then.
+- The sentinel (arbitrated pairs) is the first to be there and the last to go; if the end is no graceful one, it stays.
 - Clients are refused in negotiation with a text that names the primary.
 - Metadata that cannot be written, and errors of our own, end the daemon as a kill would: what is on the disk is true.
 """
@@ -36,6 +37,7 @@ from mirrorpair.nodeadmin import AdminSide
 from mirrorpair.nodecore import DRAIN_S, LEAVE_S, Core
 from mirrorpair.nodepeer import PeerSide
 from mirrorpair.noderegister import WitnessSide
+from mirrorpair.nodesentinel import Keeper
 from mirrorpair.nodeview import NodeView
 from mirrorpair.peerlink import PeerLink
 from mirrorpair.peermessages import (
@@ -69,6 +71,17 @@ class Node:
     def failed(self) -> asyncio.Event:
         """Set when the daemon has to end at once."""
         return self._core.failed
+
+    def keep_sentinel(self) -> Keeper | None:
+        """Starts one that watches this process, if it is of use. To be called before `start`: nothing is open then."""
+        core = self._core
+        if core.config.arbiter == "none":
+            return None
+        core.sentinel = Keeper(
+            pair=core.config.name, node=core.name, process=core.process, peer=core.peer.address, timing=core.timing
+        )
+        core.sentinel.start()
+        return core.sentinel
 
     async def start(self) -> None:
         """Opens everything and begins. MirrorpairError: something cannot be had; then nothing is left open."""
@@ -233,7 +246,14 @@ async def _run(config: Config, name: str) -> int:
     loop = asyncio.get_running_loop()
     with Termination() as termination:
         node = Node(config, name)
-        await node.start()
+        sentinel = node.keep_sentinel()
+        try:
+            await node.start()
+        except BaseException:
+            if sentinel is not None:
+                await sentinel.leave()  # nothing was served, so nobody has to know
+            raise
+        graceful = False
         ends = [loop.create_task(termination.asked.wait()), loop.create_task(node.failed.wait())]
         try:
             notify("READY=1")
@@ -242,8 +262,11 @@ async def _run(config: Config, name: str) -> int:
             if node.failed.is_set():
                 return 1
             await node.stop()
+            graceful = True
             return 0
         finally:
             for end in ends:
                 end.cancel()
             await node.close()
+            if sentinel is not None and graceful:
+                await sentinel.leave()

@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from mirrorpair.datalink import Made
     from mirrorpair.history import Decision
     from mirrorpair.noderegister import WitnessSide
+    from mirrorpair.nodesentinel import Keeper
     from mirrorpair.nodeview import NodeView
     from mirrorpair.peerlink import PeerLink
     from mirrorpair.rolewords import Action, Demote, Event, Handoff, Promote, RoleName
@@ -123,6 +124,8 @@ class Core:
     """a lone pair's"""
     witness: WitnessSide | None = None
     """an arbitrated pair's way to the register"""
+    sentinel: Keeper | None = None
+    """an arbitrated pair's, if this is a process of its own"""
     engine: Engine
     view: NodeView
     peer_link: PeerLink

@@ -5,6 +5,7 @@ Rules:
 - W9 A data link belongs to the control connection and to the roles with which its handshake began; when either changed
   meanwhile it is not attached.
 - R1 A request to take over ids is believed only on the data link that it names.
+- A11 A dead peer's promise ends, and its connection with it, before anything follows from its death.
 - A18 A leaving peer gets its answer when this node needs it no more.
 """
 
@@ -51,6 +52,7 @@ from mirrorpair.rolewords import (
     Handoff,
     LinkLost,
     LinkUp,
+    PeerDied,
     PeerDown,
     PeerFloor,
     PeerLeft,
@@ -68,7 +70,8 @@ if TYPE_CHECKING:
     from mirrorpair.history import Decision
     from mirrorpair.pairing import Agreement
     from mirrorpair.peerdata import DataConnection
-    from mirrorpair.peermessages import Ask
+    from mirrorpair.peermessages import Ask, Watch
+    from mirrorpair.proofs import Proof
     from mirrorpair.rolewords import RoleName
 
 _PLANS = {"none": PLAN_NONE, "bitmap": PLAN_BITMAP, "full": PLAN_FULL}
@@ -133,6 +136,9 @@ class PeerSide:
         self._core.peer_leaves = False
         self._core.refusal = None  # of an earlier session: this peer may have been made anew
         self._core.decisions = {}
+        control = self._core.peer_link.control
+        if self._core.sentinel is not None and control is not None and control.mine is not None:
+            self._core.sentinel.met(control.mine)
         log.info("%s is connected: %s of epoch %d, version %s", hello.node, hello.role, hello.epoch, hello.version)
         self._core.view.event("link", f"{hello.node} is connected")
         self._core.post(lambda: self._meet(hello))
@@ -145,6 +151,25 @@ class PeerSide:
             self._core.survivor_flag = True
         self._core.view.event("link", reason)
         self._core.post(PeerDown(reason, last_heard_ns, self._core.peer_link.heart.promises.bound_until_ns))
+
+    def check_sentinel(self, watch: Watch) -> str | None:
+        if watch.pair != self._core.config.name:
+            return f"its pair is {printable(watch.pair, 80)}, ours {self._core.config.name}"
+        return "this pair has no arbiter" if self._core.witness is None else None
+
+    def peer_died(self, process: str, proof: Proof, status: int | None) -> None:
+        heart, peer = self._core.peer_link.heart, self._core.peer.name
+        how = "" if status is None else f" (signal {-status})" if status < 0 else f" (exit code {status})"
+        why = f"the daemon of {peer} has ended{how}, says its sentinel"
+        if not proof.gone:
+            why = f"an earlier one: {why}"
+        log.warning("%s", why)
+        self._core.view.event("link", why)
+        if proof.releases:
+            heart.promises.release(clock_boottime_ns())
+        if proof.gone:
+            self._core.peer_link.bury(process, why)
+        self._core.post(PeerDied(why, proof.gone, heart.promises.bound_until_ns))
 
     async def _meet(self, hello: Hello) -> None:
         """L0: the two records become one, before anything follows from who the peer is."""

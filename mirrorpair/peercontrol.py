@@ -5,6 +5,8 @@ Rules:
 - A10, A11: the clock is read before a beat is handed to the socket and after one was received.
 - Silence of `suspect_ns` ends the connection. A loop of ours that was itself late (stopped, swapped out) first reads
   what came meanwhile: our own sleep is not the peer's death.
+- A11 To whom a promise was given is kept with it. A connection that was hung up on is read no further: nothing is
+  promised any more to who is proven to be dead, and a process that is does not come in again.
 - A peer that does not read, asks for too much at once or sends what is no message is hung up on. Nothing is queued for
   it without bound, and nothing that it sends can raise out of here.
 """
@@ -42,6 +44,7 @@ from mirrorpair.peermessages import (
     encode_line,
     refused,
 )
+from mirrorpair.proofs import Life, Lives
 from mirrorpair.text import printable
 
 if TYPE_CHECKING:
@@ -84,13 +87,14 @@ class ControlHandler(Protocol):
 
 
 class Heart:
-    """What outlives a connection: when the peer was heard, and what was promised by whom."""
+    """What outlives a connection: when the peer was heard, and what was promised by whom, to whom."""
 
     def __init__(self, timing: Timing) -> None:
         self.timing = timing
         self.beats = Beats(timing)
         self.hearing = Hearing(timing)
         self.promises = Promises(timing, clock_boottime_ns())
+        self.lives = Lives()
 
 
 class Control:
@@ -119,6 +123,8 @@ class Control:
         self.up = False
         self.hello: Hello | None = None
         """the peer's, once it is accepted"""
+        self.mine: Hello | None = None
+        """ours, once it is sent"""
 
     @property
     def sessions(self) -> tuple[str, str]:
@@ -137,10 +143,12 @@ class Control:
         self.up = True
         self._heart.hearing.heard(clock_boottime_ns())
         self._heart.beats.forget()
+        life = life_of(self.hello)
+        self._heart.lives.met = life
         came_up(self)
         beating = asyncio.create_task(self._beat_loop())
         try:
-            reason = await self._read_loop()
+            reason = await self._read_loop(life)
         finally:
             self.up = False
             tasks = [beating, *self._work]
@@ -174,7 +182,8 @@ class Control:
 
     async def _introduce(self) -> Hello:
         """Both hellos, both verdicts. Refused ones end here."""
-        self._send(self._handler.hello(self._session))
+        self.mine = self._handler.hello(self._session)
+        self._send(self.mine)
         hello = await self._read_word()
         if isinstance(hello, Refused):
             raise RefusedError(f"{self._peer} refuses this node: {printable(hello.message)}")
@@ -183,6 +192,8 @@ class Control:
         reason = _wrong_protocol(hello) or (
             None if hello.node == self._peer else f"it calls itself {printable(hello.node, 80)}, not {self._peer}"
         )
+        if reason is None and self._heart.lives.dead(hello.process):
+            reason = "this process of it has ended: its sentinel said so"
         reason = reason or self._handler.check(hello)
         if reason is not None:
             self._send(refused(12, reason))
@@ -216,7 +227,7 @@ class Control:
         """ValueError (asyncio's own): a line that never ends."""
         return decode_line(await self._reader.readuntil(b"\n"))
 
-    async def _read_loop(self) -> str:
+    async def _read_loop(self, life: Life) -> str:
         """Why it ended."""
         while True:
             try:
@@ -227,12 +238,15 @@ class Control:
                 return f"{self._peer} sent what is no message: {printable(str(error), 300)}"
             except OSError as error:
                 return f"the connection to {self._peer} broke: {error.strerror or error}"
+            if not self.up:
+                return ""  # hung up on, for a reason that was said then
             now = clock_boottime_ns()
             self._heart.hearing.heard(now)
             if isinstance(word, Beat):
                 promise_ns = 0
                 if self._handler.on_beat(word):
                     promise_ns = self._heart.promises.give(now)
+                    self._heart.lives.promised = life
                 self._send(Promise(seq=word.seq, promise_ns=promise_ns))
             elif isinstance(word, Promise):
                 if self._heart.beats.reply(word.seq, word.promise_ns, now):
@@ -293,6 +307,11 @@ class Control:
     def _send(self, word: Word) -> None:
         if not self._writer.transport.is_closing():
             self._writer.write(encode_line(word))
+
+
+def life_of(hello: Hello) -> Life:
+    """Who it says that it is."""
+    return Life(hello.node, hello.process, hello.session, (hello.incarnation.id, hello.incarnation.n))
 
 
 def _wrong_protocol(hello: Hello) -> str | None:

@@ -7,6 +7,7 @@ Rules:
   line in the log. A data connection is taken only while the control connection is up, and has to name its session.
 - A refusal is told to both sides with its reason, and tried again after 1 s, then twice as long each time, up to 60 s
   (H3); mere loss after 0.1 s, up to 1 s, with jitter.
+- A sentinel is heard whoever dials, whether the control connection is up or not (peersentinel.py).
 - Nothing here decides: who may talk, what a request does and what a data link is for is the handler's business.
 """
 
@@ -25,7 +26,16 @@ from mirrorpair.errors import MirrorpairError, PeerTimeoutError, UnreachableErro
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.peercontrol import Control, ControlHandler, Heart
 from mirrorpair.peerdata import DataConnection, Stopped
-from mirrorpair.peermessages import MAX_LINE, PREAMBLE_BYTES, PREAMBLE_CONTROL, PREAMBLE_DATA, Ask, Hello
+from mirrorpair.peermessages import (
+    MAX_LINE,
+    PREAMBLE_BYTES,
+    PREAMBLE_CONTROL,
+    PREAMBLE_DATA,
+    PREAMBLE_SENTINEL,
+    Ask,
+    Hello,
+)
+from mirrorpair.peersentinel import SentinelHandler, Sentinels
 from mirrorpair.peersocket import Backoff, LineLimit, bind, connect
 from mirrorpair.text import printable
 
@@ -42,12 +52,12 @@ STRANGERS = 16
 FAST_S = (0.1, 1.0)
 REFUSED_S = (1.0, 60.0)
 
-assert len(PREAMBLE_CONTROL) == len(PREAMBLE_DATA) == PREAMBLE_BYTES
+assert len(PREAMBLE_CONTROL) == len(PREAMBLE_DATA) == len(PREAMBLE_SENTINEL) == PREAMBLE_BYTES
 
 log = logging.getLogger("mirrorpair.peer")
 
 
-class PeerHandler(ControlHandler, Protocol):
+class PeerHandler(ControlHandler, SentinelHandler, Protocol):
     """The node, as seen from here."""
 
     def peer_up(self, hello: Hello) -> None: ...
@@ -81,6 +91,7 @@ class PeerLink:
         self._handler = handler
         self._listen, self._dial = listen, dial
         self._negotiate_s = negotiate_s
+        self._sentinels = Sentinels(handler, self.heart.lives, peer, negotiate_s)
         self._rng = rng or random.Random()
         self._fast = Backoff(FAST_S, self._rng)
         self._slow = Backoff(REFUSED_S, self._rng)
@@ -147,6 +158,17 @@ class PeerLink:
         self._data_slow.reset()
         self._hurry.set()
 
+    def bury(self, process: str, why: str) -> None:
+        """This process of the peer is dead: a connection of it that still seems to be up is none. Told by `peer_down`
+        before this returns."""
+        control = self.control
+        if control is None or control.hello is None or control.hello.process != process:
+            return
+        self._control = None
+        self._up.clear()
+        control.hang_up(why)
+        self._handler.peer_down(why, self.heart.hearing.last_ns)
+
     async def ask(self, ask: Ask, timeout: float = REQUEST_S) -> str:
         """The reply's one word. UnreachableError: not connected, or lost before the reply (it may have been done).
         PeerTimeoutError: no reply in time. PeerError: the peer says why not."""
@@ -173,7 +195,7 @@ class PeerLink:
             self._spawn(self._stranger(sock))
 
     async def _stranger(self, sock: socket.socket) -> None:
-        """A new connection; it counts as a stranger until it has said which of the two it is and, for control, who."""
+        """A new connection; it counts as a stranger until it has said which of them it is and, but for data, who."""
         sock.setblocking(False)
         self._strangers += 1
         counted = True
@@ -190,6 +212,8 @@ class PeerLink:
             elif preamble == PREAMBLE_DATA:
                 known()
                 await self._accepted_data(sock)
+            elif preamble == PREAMBLE_SENTINEL:
+                await self._sentinels.hear(sock, known, self._note)
             elif preamble:
                 shown = printable(preamble.decode("latin-1"), 60)
                 self._note(f"somebody on the peer's port spoke something else: {shown}")

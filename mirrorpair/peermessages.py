@@ -12,6 +12,14 @@
               START   Plan      ------------->    computed by both, compared by the acceptor (H4)
               <-   START   Plan  the target has made durable what R1 asks for; from here on the frames are the engine's
 
+    sentinel  (sentinel.py, from either node)     the peer's daemon
+              PREAMBLE sentinel ------------->
+              Watch             ------------->
+                                <-------------    Ready or Refused
+              ... once its daemon is dead
+              Died              ------------->
+                                <-------------    Reply: "noted", or "void" if it ends nothing here
+
 Rules:
 - Every value of the peer is validated here, once: types, ranges, lengths. Whatever the bytes are, `decode_*` returns a
   valid struct or raises PeerProtocolError.
@@ -37,8 +45,11 @@ PROTOCOL = (1, 1)
 PREAMBLE_BYTES = 16
 PREAMBLE_CONTROL = b"mirrorpair ctl\r\n"
 PREAMBLE_DATA = b"mirrorpair dat\r\n"
+PREAMBLE_SENTINEL = b"mirrorpair sen\r\n"
 
 MAX_LINE = 256 * 1024
+MAX_SENTINEL_LINE = 16 * 1024
+MAX_SESSIONS = 8
 MAX_FRAME = 16 * 1024
 MAX_VOLUMES = 64
 MAX_MESSAGE = 2000
@@ -54,7 +65,9 @@ _Epoch = Annotated[int, msgspec.Meta(ge=0, le=MAX_EPOCH)]
 _Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _PromiseNs = Annotated[int, msgspec.Meta(ge=0, le=MAX_PROMISE_NS)]
 _Hex = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{0,32}$")]  # 64- and 128-bit numbers: JSON's own lose bits
+_Secret = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{1,32}$")]
 _Code = Annotated[int, msgspec.Meta(ge=0, le=255)]
+_Status = Annotated[int, msgspec.Meta(ge=-64, le=255)]
 
 RoleName = Literal["primary", "secondary"]
 DiskName = Literal["diskless", "failed", "inconsistent", "outdated", "consistent", "up-to-date"]
@@ -189,6 +202,33 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", tag_field="t
 Word = Hello | Ready | Refused | Beat | Promise | Request | Reply
 
 
+class Watch(msgspec.Struct, frozen=True, kw_only=True, tag="watch", tag_field="t"):
+    """The first word of a sentinel: it watches this process of this node."""
+
+    magic: str = MAGIC
+    pair: _Name
+    node: _Name
+    process: _Secret
+
+    def __post_init__(self) -> None:
+        if self.magic != MAGIC:
+            raise ValueError(f"magic is not {MAGIC!r}")
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """One of its control sessions: the number and the incarnation of its hello there."""
+
+    session: _Secret
+    incarnation: Incarnation
+
+
+class Died(msgspec.Struct, frozen=True, kw_only=True, tag="died", tag_field="t"):
+    """The process has ended. `lives`: its last sessions; `status`: its exit code, or a signal's number negated."""
+
+    lives: Annotated[list[Session], msgspec.Meta(min_length=1, max_length=MAX_SESSIONS)]
+    status: _Status | None = None
+
+
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What the handshake of a data link begins with. `sessions`: those of the control connection, dialer's first.
     `flap`: this primary has not shrunk the in-sync set since the last data link, and this is still the same life of
@@ -258,6 +298,7 @@ _T = TypeVar("_T", Facts, VolumeFacts, Plan, Stop)
 
 _ENCODER = msgspec.json.Encoder()
 _WORD = msgspec.json.Decoder(Word)
+_SENTINEL_WORD = msgspec.json.Decoder(Watch | Died)
 
 
 def encode_line(word: Word) -> bytes:
@@ -273,6 +314,16 @@ def decode_line(line: bytes) -> Word:
         raise PeerProtocolError(f"the peer sent a line of more than {MAX_LINE} bytes")
     try:
         word: Word = _WORD.decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _not_valid("message", line, error) from None
+    return word
+
+
+def decode_sentinel_line(line: bytes) -> Watch | Died:
+    if len(line) > MAX_SENTINEL_LINE:
+        raise PeerProtocolError(f"the sentinel sent a line of more than {MAX_SENTINEL_LINE} bytes")
+    try:
+        word: Watch | Died = _SENTINEL_WORD.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _not_valid("message", line, error) from None
     return word

@@ -12,6 +12,7 @@ In an arbitrated pair (`state.arbitrated`: the register is kept by a witness) no
 says at once whether the role may be taken back, and a SECONDARY whose primary is silent takes it over by itself:
 
     SECONDARY   --own promise over, the primary of record silent or without its role-->  ACQUIRING
+    SECONDARY   --the process of the primary of record is proven to have ended-->  ACQUIRING
     SECONDARY   --the register names it-->  ACQUIRING
 
 Rules:
@@ -23,7 +24,8 @@ Rules:
   within the swap (swaprules.py), so what a state says of it may be old.
 - A4 Every acquisition raises the epoch, also after a restart. Who lost its boot without a clean stop does not take the
   role back while another member is in the set. Who crashed takes it back without the peer in the set.
-- A11 Nobody takes over while its own promise binds it, unless the peer said that it does not serve, or a person forces.
+- A11 Nobody takes over while its own promise binds it, unless the peer said that it does not serve, or is proven to be
+  dead, or a person forces.
 - A17 A link that is back before the deadline changes nothing: no swap, no new generation, the writes are sent again.
 - A18 A node that stops accepts no role. The one that stopped cleanly while the peer was in sync may have been replaced
   since: alone it does not take the role back.
@@ -72,6 +74,7 @@ from mirrorpair.rolewords import (
     LinkLost,
     LinkUp,
     Mode,
+    PeerDied,
     PeerDown,
     PeerFloor,
     PeerLeft,
@@ -90,7 +93,16 @@ from mirrorpair.rolewords import (
     Synced,
     Tick,
 )
-from mirrorpair.takeover import acquire_again, new_epoch, overtaken, peer_floor, raised, secondary_tick, take_back
+from mirrorpair.takeover import (
+    acquire_again,
+    new_epoch,
+    overtaken,
+    peer_died,
+    peer_floor,
+    raised,
+    secondary_tick,
+    take_back,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -338,6 +350,15 @@ def _waited(state: State, _event: Event, now: int) -> Step:
             f'{why}, and survivor = "secondary": {state.me} answers nothing until it is back',
         )
     return shrink(state, why)
+
+
+def _waiting_for_the_dead(state: State, event: Event, now: int) -> Step:
+    """The standby's process is proven to have ended: it does not come back within the time that writes wait for it."""
+    assert isinstance(event, PeerDied)
+    if not event.gone or state.peer_up:
+        return stay(state, event.why)
+    done = _waited(change(state, deadline_ns=now), event, now)
+    return done._replace(sentence=f"{event.why}: {done.sentence}")
 
 
 def _synced(state: State, _event: Event, _now: int) -> Step:
@@ -656,6 +677,8 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(idle, PeerDown, _peer_down)
     put(only(Phase.PAIRED), PeerDown, _primary_loses_peer)
     put(only(Phase.WAITING, Phase.SHRINKING, Phase.ALONE, Phase.FROZEN), PeerDown, _peer_down)
+    put(only(Phase.WAITING), PeerDied, _waiting_for_the_dead)
+    put(every - only(Phase.WAITING), PeerDied, peer_died)
     put(every, PeerLeft, _peer_left)
     put(idle, LinkUp, _link_up)
     put(only(Phase.SHRINKING), LinkUp, _shrinking_link_up)

@@ -195,6 +195,15 @@ class PeerDown(msgspec.Struct, frozen=True):
     bound_until_ns: int = 0
 
 
+class PeerDied(msgspec.Struct, frozen=True):
+    """A11: a process of the peer is proven to have ended. `gone`: the last that was met here, so it is not there (a
+    PeerDown came first). `bound_until_ns`: our own promise, which may have ended with it."""
+
+    why: str
+    gone: bool
+    bound_until_ns: int
+
+
 class PeerLeft(msgspec.Struct, frozen=True):
     """It stops gracefully: it serves no more, and does not come back in this session."""
 
@@ -287,6 +296,7 @@ Event = (
     | PeerSaid
     | PeerFloor
     | PeerDown
+    | PeerDied
     | PeerLeft
     | LinkUp
     | LinkLost

@@ -6,7 +6,7 @@ Rules: A0, A3, A4, A11 and A13, as roles.py and swaprules.py have them.
 from __future__ import annotations
 
 from mirrorpair.rolesteps import Step, acquire, change, expand_again, give_way, readopt, stay, watch
-from mirrorpair.rolewords import Answer, DropLink, Event, PeerFloor, Phase, State, Swap, Swapped
+from mirrorpair.rolewords import Answer, DropLink, Event, PeerDied, PeerFloor, Phase, State, Swap, Swapped
 
 
 def take_back(state: State) -> Step:
@@ -50,6 +50,18 @@ def secondary_tick(state: State, event: Event, now: int) -> Step:
     if state.arbitrated and (state.primary is not None or not (state.linked and state.equal)):
         return take_over(state, now)
     return expand_again(state, event, now)
+
+
+def peer_died(state: State, event: Event, now: int) -> Step:
+    """A11: a promise to who is dead binds no more, and who is dead is not waited for."""
+    assert isinstance(event, PeerDied)
+    freed = change(state, bound_until_ns=min(state.bound_until_ns, event.bound_until_ns))
+    if state.peer_up or state.phase is not Phase.SECONDARY or not state.arbitrated:
+        return stay(freed, event.why)
+    if not event.gone:
+        return stay(watch(freed, max(now, freed.bound_until_ns)), event.why)
+    done = secondary_tick(change(freed, deadline_ns=now), event, now)
+    return done._replace(sentence=f"{event.why}: {done.sentence}")
 
 
 def overtaken(state: State) -> bool:
