@@ -4,7 +4,7 @@ what a swap may follow from."""
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -12,9 +12,15 @@ import witnessworld
 from witnessworld import Attempt, Machine, World
 
 from mirrorpair import handoff, roles
+from mirrorpair.proofs import Lives, Proof
 from mirrorpair.rolesteps import Step, change
 from mirrorpair.rolewords import Mode, State, Swap, Swapped
 from mirrorpair.swaprules import Read, objection
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mirrorpair.proofs import Life
 
 BOTH = ("alpha", "beta")
 
@@ -36,6 +42,7 @@ def test_no_acknowledged_write_is_lost_and_nobody_acknowledges_beside_another(rn
     worlds = [simulate(rng) for _ in range(60)]
     assert sum(len(world.acked) for world in worlds) > 1000
     assert sum(world.acquisitions for world in worlds) > 150
+    assert sum(world.released for world in worlds) > 20
 
 
 # --- it bites
@@ -74,6 +81,10 @@ def generous(state: State) -> Mode:
 SWAPPED, SETTLE, MODE_OF = handoff.swapped, handoff.settle, roles.mode_of
 
 
+def credulous_proof(self: Lives, died: Iterable[Life]) -> Proof:
+    return Proof(True, True, releases=True, gone=False)
+
+
 def never(value: Any) -> property:
     return property(lambda _: value, lambda _, __: None)
 
@@ -87,6 +98,7 @@ WEAKENED: dict[str, tuple[object, str, object]] = {
     "A10 validity is not looked at": (Machine, "valid", lambda _: True),
     "A11 promises are not kept": (Machine, "bound_until", never(0)),
     "A19 a pause is not looked at": (witnessworld, "objection", heedless_objection),
+    "A11 any process's death ends the promise": (Lives, "prove", credulous_proof),
     "A13 promises beside an attempt": (Machine, "promises", lambda self, epoch: epoch >= self.state.epoch),
 }
 

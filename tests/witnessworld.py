@@ -5,6 +5,8 @@ what lies around them: a wire and a data link that break apart or together; a wi
 loses a request, loses a reply, or does a swap late, also after its sender has died; handoffs, asked for or by
 themselves to a preferred node, and a pair that is paused; promises and their ends; clocks
 that drift by up to rho and stand still; crashes of daemons; one lost boot at a time; disks in the middle of a resync.
+A crash of a daemon may be proven by its sentinel (`proofs.Lives`): at once, late, more than once, when a later process
+of the node has begun, or never. The end of a host is not.
 
 What is checked (AssertionError, with the last steps):
 - I3 Two nodes never acknowledge at the same moment. I1 Whoever serves reads has every acknowledged write.
@@ -23,6 +25,7 @@ import msgspec
 
 from mirrorpair import roles
 from mirrorpair.arbiter import Register, Versioned, Writer, check_successor
+from mirrorpair.proofs import Life, Lives
 from mirrorpair.rolewords import (
     ACQUISITIONS,
     CaughtUp,
@@ -37,6 +40,7 @@ from mirrorpair.rolewords import (
     LinkUp,
     Mode,
     PauseClients,
+    PeerDied,
     PeerDown,
     PeerFloor,
     PeerSaid,
@@ -139,6 +143,10 @@ class Machine:
         self.up = True
         self.inbox: list[Event] = []
         self.attempts: list[Attempt] = []
+        self.process = f"{next(self.world.numbers):x}"
+        self.sessions: list[Life] = []
+        """what its sentinel was told"""
+        self.lives = Lives()
         self.version = 0
         self.valid_until = 0
         self.bound_until = self.clock() + int(PROMISE * (1 + RHO))
@@ -200,6 +208,18 @@ class Machine:
         if self.state.role == "primary" or self.state.phase is Phase.ACQUIRING:
             return False
         return epoch >= max(self.state.epoch, self.floor)
+
+    def told_of_death(self, died: list[Life]) -> None:
+        """As peersentinel.py and nodepeer.py."""
+        proof = self.lives.prove(died)
+        if not proof.fresh:
+            return
+        if proof.releases:
+            self.bound_until = min(self.bound_until, self.clock())
+            self.world.released += 1
+        if proof.gone:
+            assert not self.world.wire, "who is proven to be dead is connected"
+        self.inbox.append(PeerDied(f"{self.peer} is dead", proof.gone, self.bound_until))
 
     # --- the register
 
@@ -298,6 +318,7 @@ class World:
         self.now = 0
         self.faults = True
         self.wire = self.link = False
+        self.broken_until = 0
         self.way = {"alpha": True, "beta": True}
         self.trace: list[str] = []
         self.acked: set[int] = set()
@@ -315,6 +336,9 @@ class World:
         self.attempts = rng.choice([1, ATTEMPTS])
         self.storm = rng.choice([1, 0.2])
         self.prefer = rng.choice([None, "alpha", "beta"])
+        self.proofs: list[tuple[Machine, list[Life]]] = []
+        """reports of sentinels on their way to the peer of who died"""
+        self.released = 0
         self.node: dict[str, Machine] = {}
         self.witness = Witness(self)
         for name, peer in (("alpha", "beta"), ("beta", "alpha")):
@@ -365,10 +389,16 @@ class World:
                     machine.inbox.append(PeerDown(why, machine.clock(), machine.bound_until))
 
     def join_wire(self) -> None:
-        if self.wire or not all(machine.up and not machine.inbox for machine in self.machines):
+        if self.wire or self.now < self.broken_until:
+            return
+        if not all(machine.up and not machine.inbox for machine in self.machines):
             return
         self.wire = True
         self.session += 1
+        for machine in self.machines:
+            life = Life(machine.name, machine.process, f"{next(self.numbers):x}", ("", 0))
+            machine.sessions.append(life)
+            machine.other.lives.met = life
         said = [(machine.state.role, machine.state.epoch) for machine in self.machines]
         for machine, (role, epoch) in zip(self.machines, said[::-1], strict=True):
             machine.inbox.append(PeerUp(role, epoch))
@@ -390,6 +420,7 @@ class World:
         if state.role != "primary" or not other.promises(state.epoch):
             return
         other.bound_until = max(other.bound_until, other.clock() + int(PROMISE * (1 + RHO)))
+        other.lives.promised = other.lives.met
         if self.faults and self.rng.random() < 0.2:
             return  # the answer is lost
         self.now += self.rng.randrange(S // 100)
@@ -450,6 +481,22 @@ class World:
             machine.up = False
             self.cut_wire(f"{machine.name} is gone")
 
+    def kill(self, machine: Machine) -> None:
+        """The daemon alone dies; its sentinel lives, or not."""
+        if machine.up and machine.sessions and self.rng.random() < 0.8:
+            self.proofs.append((machine.other, machine.sessions[-8:]))
+        self.crash(machine)
+
+    def prove(self) -> None:
+        """A report arrives, and may be sent once more."""
+        if self.proofs:
+            at = self.rng.randrange(len(self.proofs))
+            machine, died = self.proofs[at]
+            if self.rng.random() < 0.2:
+                del self.proofs[at]
+            if machine.up:
+                machine.told_of_death(died)
+
     def power(self, machine: Machine) -> None:
         """Its host loses power, and with it what was never flushed; while the other one is a member that has it all."""
         other = machine.other
@@ -481,7 +528,7 @@ class World:
         }
         if self.faults:
             faults = {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1, "pause": 0.3}
-            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2}
+            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2, "proof": 4}
             kinds |= {fault: weight * self.storm for fault, weight in faults.items()}
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "event" and machine.up and machine.inbox:
@@ -510,10 +557,16 @@ class World:
             self.witness.cas(*self.witness.late.pop(rng.randrange(len(self.witness.late))), late=True)
         elif kind == "cut":
             self.cut_wire("cut")
+            if rng.random() < 0.3:
+                self.broken_until = self.now + rng.randrange(2 * PROMISE)
         elif kind == "unlink":
             self.cut_link("flap")
         elif kind == "crash":
-            self.crash(machine)
+            self.kill(machine)
+            if rng.random() < 0.3:
+                self.prove()
+        elif kind == "proof":
+            self.prove()
         elif kind == "power":
             self.power(machine)
         elif kind == "flush" and self.link and not any(one.inbox for one in self.machines):
@@ -557,6 +610,7 @@ class World:
     def heal(self, turns: int) -> None:
         """Nothing fails any more; a person promotes if nobody ever was."""
         self.faults = False
+        self.broken_until = 0
         self.witness.up = True
         self.way = dict.fromkeys(self.way, True)
         self.pause(paused=False)

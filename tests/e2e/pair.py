@@ -2,7 +2,8 @@
 
 Rules:
 - Nothing waits by the clock: commands wait for what they need (`wait --for`), with a limit that only a hang reaches.
-- Whatever a test does, its processes are gone at the end, and only its own.
+- Whatever a test does, its processes are gone at the end, and only its own: also sentinels, which outlive a killed
+  daemon for a while.
 - `same_images` is the last word of every test that mirrored something.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -63,6 +65,8 @@ class Daemon:
         self.pair = pair
         self.name = name
         self.process: subprocess.Popen[bytes] | None = None
+        self._left: list[int] = []
+        """pidfds of the sentinels of daemons that were killed"""
 
     # --- the process
 
@@ -116,8 +120,9 @@ class Daemon:
                 self.process.wait(0.02)
 
     def kill(self) -> None:
-        """As a crash of the process: the kernel keeps what was written."""
+        """As a crash of the process: the kernel keeps what was written. Its sentinel lives on, by itself."""
         assert self.process is not None
+        self._left += [os.pidfd_open(pid) for pid in self.sentinels()]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(HANG_S)
@@ -130,6 +135,43 @@ class Daemon:
         code = self.process.wait(HANG_S)
         self.process = None
         return code
+
+    def sentinels(self) -> list[int]:
+        """Children of the running daemon that are sentinels: at most one, unless something is wrong."""
+        assert self.process is not None
+        found = []
+        for child in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [int(pid) for pid in child.read_text().split() if "sentinel of" in command_line(int(pid))]
+        return found
+
+    def sentinel(self) -> int:
+        """Its process number, once there is one."""
+        assert self.process is not None
+        for _ in range(int(HANG_S / 0.02)):
+            if found := self.sentinels():
+                return found[0]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"{self.name} ended with {self.process.wait(0.02)}\n{self.log()}")
+        raise AssertionError(f"{self.name} has no sentinel\n{self.log()}")
+
+    def sentinels_end(self) -> None:
+        """Waits until those of killed daemons have ended by themselves."""
+        while self._left:
+            end = self._left[0]
+            happened, _, _ = select.select([end], [], [], HANG_S)
+            assert happened, f"a sentinel of {self.name} does not end\n{self.pair.logs()}"
+            os.close(self._left.pop(0))
+
+    def end(self) -> None:
+        """Whatever of it is still there."""
+        if self.process is not None:
+            self.kill()
+        while self._left:
+            end = self._left.pop()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+            os.close(end)
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -262,5 +304,12 @@ class Pair:
     def end(self) -> None:
         self.witness.close()
         for node in self.nodes:
-            if node.process is not None:
-                node.kill()
+            node.end()
+
+
+def command_line(pid: int) -> str:
+    """Its words; empty when it is gone or only a remnant."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
