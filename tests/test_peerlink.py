@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mirrorpair.peerdata import DataConnection
-    from mirrorpair.peermessages import Ask
+    from mirrorpair.peermessages import Ask, Watch
+    from mirrorpair.proofs import Proof
 
 MS = 10**6
 # The promise is long and suspicion comes late: a busy machine must not decide how a test ends.
@@ -64,6 +65,7 @@ class Node:
         self.beats: list[Beat] = []
         self.promises = 0
         self.promising = True
+        self.deaths: list[tuple[str, Proof, int | None]] = []
         self.asked: list[Ask] = []
         self.answer: Callable[[Ask], Awaitable[str]] | None = None
         self.data: Callable[[DataConnection, bool], Awaitable[None]] | None = None
@@ -114,6 +116,13 @@ class Node:
 
     def on_promise(self) -> None:
         self.promises += 1
+        self._tell()
+
+    def check_sentinel(self, watch: Watch) -> str | None:
+        return None if watch.pair == "shop" else "its pair is another one"
+
+    def peer_died(self, process: str, proof: Proof, status: int | None) -> None:
+        self.deaths.append((process, proof, status))
         self._tell()
 
     async def on_request(self, ask: Ask) -> str:

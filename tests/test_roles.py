@@ -24,6 +24,7 @@ from mirrorpair.rolewords import (
     LinkLost,
     LinkUp,
     Mode,
+    PeerDied,
     PeerDown,
     PeerFloor,
     PeerLeft,
@@ -121,6 +122,8 @@ EVENTS: list[Event] = [
     PeerSaid("primary", 9),
     PeerFloor(9),
     PeerDown("gone", 5),
+    PeerDied("dead", True, 5),
+    PeerDied("dead", False, 5),
     PeerLeft(),
     LinkUp(),
     LinkLost("cut"),
@@ -166,6 +169,72 @@ def test_any_event_in_any_phase_has_a_sentence_and_keeps_the_rules(phase: Phase,
         for action in actions:
             if isinstance(action, Swap) and action.primary is not None:
                 assert action.primary in action.in_sync
+
+
+# --- A11: a proof of death
+
+
+def standby(**changes: Any) -> State:
+    """Of an arbitrated pair whose primary was just lost; it is bound by its promise until 60 s."""
+    plain: dict[str, Any] = {
+        "arbitrated": True,
+        "epoch": 7,
+        "primary": "beta",
+        "in_sync": BOTH,
+        "bound_until_ns": 60 * S,
+        "deadline_ns": 60 * S,
+    }
+    return state(**{**plain, **changes})
+
+
+def test_a11_a_proof_that_ends_the_promise_leads_to_a_takeover_at_once() -> None:
+    after, actions = run(standby(), PeerDied("beta is dead", True, 3 * S), now=4 * S)
+    assert after.phase is Phase.ACQUIRING
+    assert (swap_of(actions).purpose, swap_of(actions).epoch) == ("takeover", 8)
+
+
+def test_a11_a_proof_that_leaves_the_promise_leads_to_none_before_its_end() -> None:
+    """A process died that this node met, but its word was given to another one."""
+    after, actions = run(standby(), PeerDied("beta is dead", True, 60 * S), now=4 * S)
+    assert (after.phase, after.deadline_ns, actions) == (Phase.SECONDARY, 60 * S, [])
+
+
+def test_a11_the_end_of_an_earlier_process_takes_nothing_from_the_one_that_is_there() -> None:
+    there = standby(peer_up=True, peer_role="primary", peer_epoch=7, deadline_ns=None)
+    after, actions = run(there, PeerDied("an earlier one", False, 3 * S), Tick(), now=4 * S)
+    assert (after.phase, after.deadline_ns, actions) == (Phase.SECONDARY, None, [])
+    alone = primary(Phase.WAITING, arbitrated=True, peer_up=True, deadline_ns=9 * S)
+    after, actions = run(alone, PeerDied("an earlier one", False, 0), now=4 * S)
+    assert (after.phase, after.deadline_ns, actions) == (Phase.WAITING, 9 * S, [])
+
+
+@pytest.mark.parametrize("event", [PeerDied("beta is dead", True, 0), PeerDied("an earlier one", False, 0)])
+def test_a11_whoever_of_it_died_a_standby_that_has_it_connected_takes_nothing_over(event: PeerDied) -> None:
+    there = standby(peer_up=True, peer_role="primary", peer_epoch=7, deadline_ns=None)
+    assert run(there, event, now=4 * S)[1] == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"stopping": True}, {"boot_lost": True}, {"primary": None}, {"peer_up": True, "peer_role": "primary"}]
+)
+def test_a11_a_proof_is_no_reason_for_who_may_not_take_over(changes: dict[str, Any]) -> None:
+    after, actions = run(standby(**changes), PeerDied("beta is dead", True, 0), now=4 * S)
+    assert (after.phase, actions) == (Phase.SECONDARY, [])
+
+
+def test_a11_a_dead_standby_is_not_waited_for_but_taken_out_of_the_set() -> None:
+    after, actions = run(
+        primary(arbitrated=True), PeerDown("closed", 0), PeerDied("beta is dead", True, 0), now=S // 100
+    )
+    assert after.phase is Phase.SHRINKING
+    assert swap_of(actions) == Swap("shrink", 7, "alpha", ("alpha",))
+    again, more = run(after, PeerDied("beta is dead", True, 0), now=S // 100)
+    assert (again, more) == (after, [])
+
+
+def test_a11_an_acquisition_that_is_under_way_is_not_asked_for_twice() -> None:
+    acquiring, _ = run(standby(), PeerDied("beta is dead", True, 0), now=S)
+    assert run(acquiring, PeerDied("beta is dead", True, 0), now=S)[1] == []
 
 
 # --- the grant
