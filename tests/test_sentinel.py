@@ -353,7 +353,7 @@ def test_it_is_started_with_nothing_of_the_daemons_and_ends_with_it(
             one.met(Node("alpha", "beta", process="aa").hello("51"))
             peer = await asyncio.to_thread(Peer, tmp_path)
             with peer:
-                link = await asyncio.to_thread(peer.accept)
+                await asyncio.to_thread(peer.accept)
                 await until(lambda: one.linked)
                 assert os.getsid(pid) == os.getpgid(pid) == pid
                 opened = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
