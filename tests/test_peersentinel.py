@@ -20,6 +20,7 @@ from mirrorpair.peermessages import (
     MAX_SESSIONS,
     PREAMBLE_CONTROL,
     PREAMBLE_SENTINEL,
+    Beat,
     Died,
     Ready,
     Refused,
@@ -222,6 +223,26 @@ def test_who_is_dead_is_hung_up_on_and_promised_nothing_any_more(tmp_path: Path)
             assert beta.node.downs == ["alpha is dead"]
             await beta.daemon("bb", "55")
             assert beta.link.heart.promises.bound_until_ns > bound
+
+    run(scenario())
+
+
+def test_what_the_dead_one_had_sent_and_was_received_is_not_looked_at_any_more(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with Beta(tmp_path) as beta:
+            daemon = await beta.daemon()
+            seen: list[int] = []
+
+            def on_beat(beat: Beat) -> bool:
+                seen.append(beat.seq)
+                beta.link.bury("aa", "alpha is dead")
+                return False
+
+            beta.node.on_beat = on_beat  # type: ignore[method-assign]
+            daemon.say(b"".join(encode_line(beta.node.beat(seq)) for seq in (2, 3, 4)))  # they come in one piece
+            while await daemon.word() is not None:
+                pass
+            assert seen == [2]
 
     run(scenario())
 
