@@ -370,8 +370,9 @@ def test_random_bytes_end_nothing_but_what_they_name(tmp_path: Path, rng: random
                         pass
                 wire.writer.transport.abort()
                 if beta.node.deaths:
-                    *_, reported, _ = bytes(said).split(b"\n")
-                    assert [msgspec.to_builtins(LIFE)] == json.loads(reported)["lives"]
+                    reported = decode_sentinel_line(bytes(said).split(b"\n")[-2])
+                    assert isinstance(reported, Died)
+                    assert reported.lives == [LIFE]
                     return
             assert beta.link.connected
             sentinel = await beta.sentinel()
