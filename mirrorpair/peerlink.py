@@ -159,9 +159,9 @@ class PeerLink:
         self._hurry.set()
 
     def bury(self, process: str, why: str) -> None:
-        """This process of the peer is dead: a connection of it that still seems to be up is none. Told by `peer_down`
-        before this returns."""
-        control = self.control
+        """This process of the peer is dead: a connection of it that is up, or about to end, is none. Told by
+        `peer_down` before this returns, if it has not been told yet."""
+        control = self._control
         if control is None or control.hello is None or control.hello.process != process:
             return
         self._control = None

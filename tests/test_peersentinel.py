@@ -24,7 +24,9 @@ from mirrorpair.peermessages import (
     Died,
     Ready,
     Refused,
+    RelinkAsk,
     Reply,
+    Request,
     Session,
     Watch,
     decode_line,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mirrorpair.peerlink import PeerLink
+    from mirrorpair.peermessages import Ask
 
 LIFE = Session(session="51", incarnation=Incarnation(id="1", n=0))
 WATCH = Watch(pair="shop", node="alpha", process="aa")
@@ -243,6 +246,39 @@ def test_what_the_dead_one_had_sent_and_was_received_is_not_looked_at_any_more(t
             while await daemon.word() is not None:
                 pass
             assert seen == [2]
+
+    run(scenario())
+
+
+def test_a_connection_that_is_ending_is_told_of_before_anything_follows_from_the_death(tmp_path: Path) -> None:
+    """Its end was seen, but what runs for it still takes a moment."""
+
+    async def scenario() -> None:
+        async with Beta(tmp_path) as beta:
+            daemon = await beta.daemon()
+            ending, ended = asyncio.Event(), asyncio.Event()
+
+            async def slow(_: Ask) -> str:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    ending.set()
+                    await ended.wait()
+                return ""
+
+            beta.node.answer = slow
+            daemon.say(encode_line(Request(id=1, ask=RelinkAsk(why="a test"))))
+            daemon.writer.write_eof()
+            await ending.wait()
+            assert not beta.link.connected
+            assert beta.node.downs == []
+            beta.link.bury("aa", "alpha is dead")
+            assert beta.node.downs == ["alpha is dead"]
+            ended.set()
+            while await daemon.word() is not None:
+                pass
+            await beta.daemon("bb", "53")
+            assert beta.node.downs == ["alpha is dead"]
 
     run(scenario())
 
