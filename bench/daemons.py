@@ -42,7 +42,7 @@ SCANNED = MIB
 _CONFIG = """
 [pair]
 name = "bench"
-arbiter = "none"
+{arbiter}
 [heartbeat]
 {heartbeat}
 [volume.data]
@@ -114,6 +114,8 @@ class Node:
         self.log = pair.folder / f"{name}.log"
         self._pair = pair
         self._process: subprocess.Popen[bytes] | None = None
+        self._left: list[int] = []
+        """pidfds of the sentinels of daemons that were killed"""
 
     @property
     def pid(self) -> int:
@@ -216,10 +218,19 @@ class Node:
         if self._process is None:
             return
         process, self._process = self._process, None
+        self._left += [os.pidfd_open(pid) for pid in sentinels(process.pid)]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         end_group(process.pid)
+
+    def end_sentinels(self) -> None:
+        """Of daemons that were killed, as far as they have not ended by themselves."""
+        while self._left:
+            end = self._left.pop()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(end, signal.SIGKILL)
+            os.close(end)
 
     def tail(self) -> str:
         try:
@@ -231,7 +242,10 @@ class Node:
 class LivePair:
     """alpha and beta. A context manager: what it started and made is gone afterwards."""
 
-    def __init__(self, shop: Workshop, size: int, *, heartbeat: str = 'profile = "default"') -> None:
+    def __init__(
+        self, shop: Workshop, size: int, *, heartbeat: str = 'profile = "default"', witness: bool = False
+    ) -> None:
+        """`witness`: arbitrated, by a witness of its own."""
         need_client()
         self.shop = shop
         self.size = size
@@ -241,7 +255,13 @@ class LivePair:
         self.config = self.folder / "pair.toml"
         self.alpha = Node(self, "alpha", self.folder / "alpha.img")
         self.beta = Node(self, "beta", self.folder / "beta.img")
-        text = _CONFIG.format(heartbeat=heartbeat, size=size)
+        self._witness: subprocess.Popen[bytes] | None = None
+        self._arbitrated = witness
+        arbiter = 'arbiter = "none"'
+        if witness:
+            where = f'[witness]\naddress = "127.0.0.1:{free_port()}"\nstate-dir = "{self.folder / "records"}"'
+            arbiter = f'arbiter = "witness"\n{where}'
+        text = _CONFIG.format(heartbeat=heartbeat, size=size, arbiter=arbiter)
         for node in self.nodes:
             text += _NODE.format(
                 name=node.name, port=free_port(), folder=self.folder / node.name, sockets=self.sockets, image=node.image
@@ -258,6 +278,9 @@ class LivePair:
     def __exit__(self, *_: object) -> None:
         for node in self.nodes:
             node.kill()
+            node.end_sentinels()
+        if self._witness is not None:
+            end_process(self._witness)
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.sockets, ignore_errors=True)
 
@@ -270,6 +293,8 @@ class LivePair:
         self.run_both()
 
     def run_both(self) -> None:
+        if self._arbitrated:
+            self._start_witness()
         for node in self.nodes:
             node.start()
         for node in self.nodes:
@@ -277,6 +302,18 @@ class LivePair:
         self.alpha.wait("connected")
         self.alpha.promote()
         self.synced()
+
+    def _start_witness(self) -> None:
+        with (self.folder / "witness.log").open("ab") as out:
+            self._witness = subprocess.Popen(
+                [self.shop.mirrorpair(), "-c", str(self.config), "witness"],
+                env=self.env,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
 
     def up_alone(self, chunk: int) -> None:
         """alpha without a peer."""
@@ -301,6 +338,16 @@ class LivePair:
         different = int(self.shop.image_tool("equal", self.alpha.image, self.beta.image)[0]["different"])
         if different:
             raise Failed(f"{different} bytes differ between the two images of a pair that said it was in sync")
+
+
+def sentinels(daemon: int) -> list[int]:
+    """Children of the daemon that watch it for its peer; one in an arbitrated pair, once it has begun."""
+    found = []
+    for children in Path(f"/proc/{daemon}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            pids = map(int, children.read_text(encoding="ascii").split())
+            found += [pid for pid in pids if b"sentinel of" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
 
 
 def need_client() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench import fio, live, livecost, liveresync
+from bench import fio, live, livecost, livefailover, liveresync
 from bench.goals import Goal, NotMeasuredError
 from bench.servers import BARE, NBDKIT, QUORUM, SYNC
 from bench.settings import MIB, TIB
@@ -215,4 +215,24 @@ def _cost_goals() -> list[Goal]:
     return found
 
 
-GOALS = [*_bare_goals(), *_sync_goals(), *_resync_goals(), *_cost_goals()]
+def _failover_goals() -> list[Goal]:
+    group, name = livefailover.FAILOVER, livefailover.PROVEN
+    worst = "kill -9 to the first write at the standby, the worst run"
+    memory = "memory of a sentinel's own"
+    return [
+        Goal(
+            "kill -9 to the first write at the standby",
+            group,
+            "<=",
+            0.2,
+            " s",
+            lambda groups: _seconds(groups, group, name),
+        ),
+        Goal(
+            worst, group, "<=", 0.4, " s", lambda groups: max(x.seconds for x in _series(groups, group, name).samples)
+        ),
+        Goal(memory, group, "<=", 8.0, " MiB", lambda groups: _fact(groups, group, name, "memory_bytes") / MIB),
+    ]
+
+
+GOALS = [*_bare_goals(), *_sync_goals(), *_resync_goals(), *_cost_goals(), *_failover_goals()]

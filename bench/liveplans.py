@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import live, livecost, liveresync
+from bench import live, livecost, livefailover, liveresync
 
 PLANS = {
     plan.name: plan
@@ -14,5 +14,6 @@ PLANS = {
         liveresync.DURING_PLAN,
         liveresync.ABSENCE_PLAN,
         livecost.COST_PLAN,
+        livefailover.PLAN,
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench import live, livecost
+from bench import live, livecost, livefailover
 from bench.fio import WORKLOADS
 from bench.servers import BARE, NBDKIT, QEMU_NBD, QUORUM, SYNC
 from bench.settings import show_size
@@ -28,6 +28,8 @@ def _body(group: Group, table: Table) -> list[str]:
         return _serving(group, table)
     if group.name == livecost.COST:
         return _cost(group, table)
+    if group.name == livefailover.FAILOVER:
+        return table(*livefailover.rows(group))
     return _resync(group, table)
 
 
