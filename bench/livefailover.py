@@ -43,7 +43,7 @@ def _measure(shop: Workshop, plan: LivePlan, _: set[str] | None) -> Group:
     group = Group(plan.name, plan.title, SIZE)
     for name in plan.subjects:
         start(group, name, "mirrorpair")
-    small = Scale.of(shop.settings).rounds < 3
+    small = Scale.of(shop.settings).rounds == 1
     runs = {PROVEN: 2 if small else _RUNS, SILENT: 1 if small else _SILENT_RUNS}
     group.facts = {"rounds": runs[PROVEN], "axis": "seconds, median", "heartbeat": f"promise {PROMISE_S:g} s"}
     with LivePair(shop, SIZE, heartbeat=f'promise = "{PROMISE_S:g}s"', witness=True) as pair:

@@ -97,6 +97,7 @@ class Keeper:
         if not self._ended.is_set():
             log.warning("the sentinel does not end: it is killed")
             self._process.kill()
+            await self._ended.wait()
         self._reap()
 
     async def _keep(self) -> None:

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,7 +36,13 @@ if TYPE_CHECKING:
 
 MAX_SENTINELS = 4
 MAX_REPORTS = 16
+log = logging.getLogger("mirrorpair.peer")
+
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+
+
+class _UnmetError(PeerProtocolError):
+    """Nothing is wrong with it: the daemon that it watches has not been here yet, or this one has just begun."""
 
 
 class SentinelHandler(Protocol):
@@ -80,6 +87,8 @@ class Sentinels:
                     await writer.drain()
         except (EOFError, OSError):  # TimeoutError is one
             return
+        except _UnmetError as error:
+            log.debug("a sentinel is not heard yet: %s", error)
         except (PeerProtocolError, ValueError, asyncio.LimitOverrunError) as error:
             note(f"a sentinel on the peer's port: {printable(str(error), 400)}")
         finally:
@@ -94,13 +103,14 @@ class Sentinels:
         reason = self._handler.check_sentinel(word)
         if reason is None and word.node != self._peer:
             reason = f"it watches {printable(word.node, 80)}, not {self._peer}"
-        if reason is None and not self._lives.knows(word.node, word.process):
+        unmet = reason is None and not self._lives.knows(word.node, word.process)
+        if unmet:
             reason = f"it watches a process of {self._peer} that never was here"
         if reason is not None:
             writer.write(encode_line(refused(12, reason)))
             writer.write_eof()
             await writer.drain()
-            raise PeerProtocolError(reason)
+            raise _UnmetError(reason) if unmet else PeerProtocolError(reason)
         writer.write(encode_line(Ready()))
         return word
 

@@ -394,7 +394,9 @@ def test_one_that_dies_is_replaced_and_the_new_one_knows_the_same(
     ]
 
 
-def test_one_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_listen_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_descriptors: Callable[[], set[int]]
+) -> None:
     monkeypatch.setattr(nodesentinel, "LEAVE_S", 0.05)
 
     async def scenario() -> None:
@@ -416,7 +418,9 @@ def test_one_that_does_not_listen_is_killed(tmp_path: Path, monkeypatch: pytest.
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
 
+    before = open_descriptors()
     run(scenario())
+    assert open_descriptors() == before
 
 
 def test_without_one_the_daemon_works_as_well(

@@ -30,7 +30,8 @@ def command(settings: Settings) -> int:
     """Run this node's daemon, in the foreground: it serves the volumes or stands by, and mirrors.
 
     `mirrorpair init` has to be done first. SIGTERM stops it gracefully; after SIGKILL or a loss of power it knows what
-    may differ, and resyncs that. The log is one line an event on stderr, with --json one JSON object a line.
+    may differ, and resyncs that. In a pair with a witness it starts a second, small process, its sentinel, which tells
+    the peer at once when this one has died. The log is one line an event on stderr, with --json one JSON object a line.
     """
     from mirrorpair.cli.logs import log_to_stderr
 

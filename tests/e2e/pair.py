@@ -25,7 +25,7 @@ from mirrorpair.control import AdminClient
 from mirrorpair.nbdclient import connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from mirrorpair.nbdclient import NbdClient
     from mirrorpair.status import Status
@@ -119,14 +119,26 @@ class Daemon:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.02)
 
-    def kill(self) -> None:
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """As a crash of the process: the kernel keeps what was written. Its sentinel lives on, by itself."""
         assert self.process is not None
-        self._left += [os.pidfd_open(pid) for pid in self.sentinels()]
+        self._watch_sentinels()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, number)
         self.process.wait(HANG_S)
         self.process = None
+
+    def until_it_ends(self, cause: Callable[[], object]) -> int:
+        """Its exit code, when it ends by itself from that cause."""
+        assert self.process is not None
+        self._watch_sentinels()
+        cause()
+        code = self.process.wait(HANG_S)
+        self.process = None
+        return code
+
+    def _watch_sentinels(self) -> None:
+        self._left += [os.pidfd_open(pid) for pid in self.sentinels()]
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

@@ -6,13 +6,19 @@ has to do, it is short. A lone pair (arbiter = "none") has no sentinel yet: L1 i
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from model import finish, serve
+from model import BLOCK, finish, serve
+from pair import HANG_S
 from test_failover import record, until
+
+from mirrorpair.errors import MirrorpairError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,14 +88,84 @@ def test_it_goes_to_and_fro_and_no_earlier_proof_is_taken_for_a_later_one(pair: 
 def test_a_daemon_that_crashes_is_dead_as_well(pair: Pair, model: Model) -> None:
     pair.up()
     serve(pair.alpha, model)
-    process = pair.alpha.process
-    assert process is not None
-    pair.alpha.signal(signal.SIGABRT)
+    pair.alpha.kill(signal.SIGABRT)
     pair.beta.wait("primary")
-    assert process.wait() == -signal.SIGABRT
-    pair.alpha.process = None
+    assert proven(pair.alpha, pair.beta)
     serve(pair.beta, model)
     pair.alpha.start()
+    finish(pair, model)
+
+
+def test_a_daemon_that_ends_by_itself_and_not_gracefully_is_dead_as_well(pair: Pair, model: Model) -> None:
+    """Its metadata cannot be written any more, so nothing follows from what it learns."""
+    pair.up()
+    serve(pair.alpha, model)
+    pid = pair.beta.process.pid if pair.beta.process is not None else 0
+    _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, most))
+    code = pair.beta.until_it_ends(lambda: pair.alpha.promote(accept_data_loss=True))  # a new epoch to be learned
+    assert code not in (0, -signal.SIGKILL)
+    until(pair.alpha, lambda: proven(pair.beta, pair.alpha))
+    serve(pair.alpha, model)
+    assert record(pair).in_sync == ("alpha",)
+    pair.beta.start()
+    finish(pair, model)
+
+
+class Writer(threading.Thread):
+    """Writes blocks of ever higher numbers into a place of its own, one at a time, until it is hung up on."""
+
+    def __init__(self, node: Daemon, place: int, first: int) -> None:
+        super().__init__()
+        self._node, self._place = node, place
+        self.asked = self.acknowledged = first
+        self.busy = threading.Event()
+
+    def run(self) -> None:
+        with contextlib.suppress(MirrorpairError), self._node.client() as client:
+            while True:
+                self.asked = self.acknowledged + 1
+                client.write(self._place * BLOCK, number(self.asked))
+                self.acknowledged = self.asked
+                if self.acknowledged % 20 == 0:
+                    self.busy.set()
+
+
+def number(value: int) -> bytes:
+    return value.to_bytes(8, "big") * (BLOCK // 8)
+
+
+def test_w8_what_is_on_its_way_when_the_primary_dies_is_there_or_not_and_never_comes_later(
+    pair: Pair, model: Model
+) -> None:
+    """Kills in the middle of writes: what was acknowledged is there, and what was not is one or the other, for good."""
+    pair.up()
+    primary, other = pair.alpha, pair.beta
+    held = [0] * 6
+    for _ in range(3):
+        writers = [Writer(primary, place, value) for place, value in enumerate(held)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            assert writer.busy.wait(HANG_S)
+        primary.kill()
+        for writer in writers:
+            writer.join(HANG_S)
+        other.wait("primary")
+        with other.client() as client:
+            for place, writer in enumerate(writers):
+                data = bytes(client.read(place * BLOCK, BLOCK))
+                held[place] = int.from_bytes(data[:8], "big")
+                assert held[place] in (writer.acknowledged, writer.asked)
+                for at in range(0, BLOCK, 8):  # of a write that was not acknowledged any part may be there
+                    assert int.from_bytes(data[at : at + 8], "big") in (writer.acknowledged, writer.asked)
+                model.data[place * BLOCK : (place + 1) * BLOCK] = data
+            model.check(client)
+        primary.start()
+        pair.synced()
+        with other.client() as client:
+            model.check(client)
+        primary, other = other, primary
     finish(pair, model)
 
 
