@@ -580,9 +580,9 @@ def _swapped(state: State, event: Event, now: int) -> Step:
         changed = change(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
         if changed.linked and changed.equal and changed.deadline_ns is None:
             changed = change(changed, deadline_ns=now + state.retry_ns)
-        return stay(changed, f"{state.peer} is not known to be in the set: {event.why}")
+        return stay(_watching(changed, now), f"{state.peer} is not known to be in the set: {event.why}")
     if event.swap.purpose != "release":
-        return stay(state, f"the in-sync set is {', '.join(state.in_sync)}")
+        return stay(_watching(state, now), f"the in-sync set is {', '.join(state.in_sync)}")
     answered = state.answering
     if not event.ok and not event.unknown:
         message = f"{state.me} stays primary: {event.why}"
@@ -610,6 +610,11 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     )
     code = FAILED if unsure else 0
     return Step(changed, (*((Answer(code, message),) if answered else ()), DropLink("the roles changed")), message)
+
+
+def _watching(state: State, now: int) -> State:
+    """Whoever asked for an expand without being primary did not look meanwhile whether there is a role to be taken."""
+    return watch(state, now + state.suspect_ns) if state.deadline_ns is None else state
 
 
 def _is_secondary(state: State, _event: Event, _now: int) -> Step:

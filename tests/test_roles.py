@@ -353,6 +353,21 @@ def test_a2_a_joining_peer_is_required_from_before_the_swap() -> None:
     assert swap_of(actions).purpose == "expand"
 
 
+@pytest.mark.parametrize("ok", [True, False])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_primary_of_record_that_asked_for_an_expand_takes_its_role_back_whatever_became_of_that(
+    ok: bool, linked: bool
+) -> None:
+    """Also when the link was lost meanwhile: else nobody would serve, as the peer is not in the set."""
+    named = state(arbitrated=True, epoch=7, primary="alpha", in_sync=("alpha",), peer_up=True, peer_role="secondary")
+    asked, actions = run(named, LinkUp(), Synced(), now=S)
+    lost = () if linked else (LinkLost("cut"),)
+    after, _ = run(asked, *lost, Swapped(swap_of(actions), ok, "" if ok else "no answer", unknown=not ok), now=2 * S)
+    assert after.deadline_ns is not None
+    _, actions = run(after, Tick(), now=after.deadline_ns)
+    assert swap_of(actions).purpose == "readopt"
+
+
 def test_a1_the_set_of_a_primary_is_widened_by_nobody_else() -> None:
     """The link's source takes its peer in, without a primary; the peer has become primary since (seed 51834)."""
     source = state(epoch=1, in_sync=("beta",), peer_up=True, peer_role="secondary", linked=True, equal=True)
