@@ -48,16 +48,10 @@ class Keeper:
     """`start`, `met` for every session, and `leave` at a graceful end."""
 
     def __init__(self, *, pair: str, node: str, process: str, peer: Address, timing: Timing) -> None:
-        self._node = node
-        where = [peer.path] if isinstance(peer, UnixAddress) else [peer.host, peer.port]
-        watch = Watch(pair=pair, node=node, process=process)
-        keep_s = timing.obligation_ns(timing.promise_ns) / 1e9
-        self._facts = {
-            "address": where,
-            "watch": msgspec.to_builtins(watch),
-            "keep_s": max(KEEP_S[0], min(KEEP_S[1], keep_s)),
-        }
-        self._lives: list[Session] = []
+        self._pair, self._node, self._number = pair, node, process
+        self._address = [peer.path] if isinstance(peer, UnixAddress) else [peer.host, peer.port]
+        self._keep_s = max(KEEP_S[0], min(KEEP_S[1], timing.obligation_ns(timing.promise_ns) / 1e9))
+        self._sessions: list[Session] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._ended = asyncio.Event()
@@ -77,8 +71,8 @@ class Keeper:
 
     def met(self, mine: Hello) -> None:
         """The peer has accepted this hello of ours."""
-        self._lives.insert(0, Session(session=mine.session, incarnation=mine.incarnation))
-        del self._lives[MAX_SESSIONS:]
+        self._sessions.insert(0, Session(session=mine.session, incarnation=mine.incarnation))
+        del self._sessions[MAX_SESSIONS:]
         self._tell()
 
     async def leave(self) -> None:
@@ -178,9 +172,10 @@ class Keeper:
             self._channel = None
 
     def _tell(self) -> None:
-        if self._channel is None:
+        if self._channel is None or not self._sessions:
             return
-        facts = {**self._facts, "lives": msgspec.to_builtins(self._lives)}
+        watch = Watch(pair=self._pair, node=self._node, process=self._number, sessions=self._sessions)
+        facts = {"address": self._address, "watch": msgspec.to_builtins(watch), "keep_s": self._keep_s}
         try:
             self._channel.send(json.dumps(facts).encode())
         except BlockingIOError:

@@ -202,30 +202,34 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", tag_field="t
 Word = Hello | Ready | Refused | Beat | Promise | Request | Reply
 
 
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """A control session of a node: the number and the incarnation of its hello there."""
+
+    session: _Secret
+    incarnation: Incarnation
+
+
+_Sessions = Annotated[list[Session], msgspec.Meta(min_length=1, max_length=MAX_SESSIONS)]
+
+
 class Watch(msgspec.Struct, frozen=True, kw_only=True, tag="watch", tag_field="t"):
-    """The first word of a sentinel: it watches this process of this node."""
+    """The first word of a sentinel: it watches this process of this node, which had these sessions, the last first."""
 
     magic: str = MAGIC
     pair: _Name
     node: _Name
     process: _Secret
+    sessions: _Sessions
 
     def __post_init__(self) -> None:
         if self.magic != MAGIC:
             raise ValueError(f"magic is not {MAGIC!r}")
 
 
-class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """One of its control sessions: the number and the incarnation of its hello there."""
-
-    session: _Secret
-    incarnation: Incarnation
-
-
 class Died(msgspec.Struct, frozen=True, kw_only=True, tag="died", tag_field="t"):
-    """The process has ended. `lives`: its last sessions; `status`: its exit code, or a signal's number negated."""
+    """The process has ended. `sessions`: by now; `status`: its exit code, or a signal's number negated."""
 
-    lives: Annotated[list[Session], msgspec.Meta(min_length=1, max_length=MAX_SESSIONS)]
+    sessions: _Sessions
     status: _Status | None = None
 
 

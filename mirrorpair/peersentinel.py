@@ -1,8 +1,8 @@
 """The receiving end of a sentinel: who may say here that the peer's daemon is dead, and what is done with it.
 
 Rules:
-- Whoever connects is a stranger until it has named the peer and a process of it that this node has met. That number is
-  64 random bits that only the two nodes know; the control session that a report must name too is as many more.
+- Whoever connects is a stranger until it has named a control session of the peer with this node: 64 random bits that
+  only the two of them know. A report has to name the one in which the promise was given.
 - What is reported counts only by what this node knows itself (proofs.py); it is answered in every case.
 - Bounded in number, bytes, time and words. Nothing that is sent here can raise out of here, and it is never more than a
   line in the log.
@@ -32,6 +32,7 @@ from mirrorpair.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mirrorpair.peermessages import Session
     from mirrorpair.proofs import Lives, Proof
 
 MAX_SENTINELS = 4
@@ -103,9 +104,9 @@ class Sentinels:
         reason = self._handler.check_sentinel(word)
         if reason is None and word.node != self._peer:
             reason = f"it watches {printable(word.node, 80)}, not {self._peer}"
-        unmet = reason is None and not self._lives.knows(word.node, word.process)
+        unmet = reason is None and not self._lives.knows(_lives(word, word.sessions))
         if unmet:
-            reason = f"it watches a process of {self._peer} that never was here"
+            reason = f"it watches a process of {self._peer} that was not here"
         if reason is not None:
             writer.write(encode_line(refused(12, reason)))
             writer.write_eof()
@@ -115,13 +116,14 @@ class Sentinels:
         return word
 
     def _reported(self, watch: Watch, died: Died) -> str:
-        lives = [
-            Life(watch.node, watch.process, one.session, (one.incarnation.id, one.incarnation.n)) for one in died.lives
-        ]
-        proof = self._lives.prove(lives)
+        proof = self._lives.prove(_lives(watch, died.sessions))
         if proof.fresh:
             self._handler.peer_died(watch.process, proof, died.status)
         return "noted" if proof.known else "void"
+
+
+def _lives(watch: Watch, sessions: list[Session]) -> list[Life]:
+    return [Life(watch.node, watch.process, one.session, (one.incarnation.id, one.incarnation.n)) for one in sessions]
 
 
 async def _read(reader: asyncio.StreamReader) -> Watch | Died:

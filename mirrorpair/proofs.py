@@ -54,8 +54,8 @@ class Lives:
     def dead(self, process: str) -> bool:
         return process in self._dead
 
-    def knows(self, node: str, process: str) -> bool:
-        return any(one is not None and (one.node, one.process) == (node, process) for one in (self.met, self.promised))
+    def knows(self, lives: Iterable[Life]) -> bool:
+        return any(life in (self.met, self.promised) for life in lives)
 
     def prove(self, died: Iterable[Life]) -> Proof:
         """`died`: the sessions of one process, which has ended."""

@@ -158,7 +158,7 @@ class Sentinel:
 
     def _wanted(self) -> bool:
         """Nobody is to be told who was never met."""
-        return bool(self._facts.get("lives"))
+        return bool(self._facts.get("watch"))
 
     def _connect(self) -> None:
         self._limit = time.monotonic() + CONNECT_S
@@ -229,7 +229,9 @@ class Sentinel:
 
     def _report(self) -> None:
         self._limit = time.monotonic() + REPLY_S
-        self._send(_line({"t": "died", "lives": self._facts["lives"], "status": self._facts["status"]}))
+        watch = self._facts["watch"]
+        assert isinstance(watch, dict)
+        self._send(_line({"t": "died", "sessions": watch["sessions"], "status": self._facts["status"]}))
 
     def _send(self, data: bytes) -> None:
         """A few hundred bytes always fit a connection's buffer; one that does not take them is broken."""

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from mirrorpair.peermessages import Ask
 
 LIFE = Session(session="51", incarnation=Incarnation(id="1", n=0))
-WATCH = Watch(pair="shop", node="alpha", process="aa")
-DIED = Died(lives=[LIFE], status=-9)
+WATCH = Watch(pair="shop", node="alpha", process="aa", sessions=[LIFE])
+DIED = Died(sessions=[LIFE], status=-9)
 
 
 def line(word: Any) -> bytes:
@@ -142,7 +142,7 @@ def test_a_report_that_is_repeated_is_answered_and_told_once(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "lives",
+    "sessions",
     [
         [msgspec.structs.replace(LIFE, session="52")],
         [msgspec.structs.replace(LIFE, incarnation=Incarnation(id="1", n=1))],
@@ -150,14 +150,14 @@ def test_a_report_that_is_repeated_is_answered_and_told_once(tmp_path: Path) -> 
     ],
     ids=["session", "n", "id"],
 )
-def test_another_session_or_incarnation_ends_nothing(tmp_path: Path, lives: list[Session]) -> None:
+def test_another_session_or_incarnation_ends_nothing(tmp_path: Path, sessions: list[Session]) -> None:
     async def scenario() -> None:
         async with Beta(tmp_path) as beta:
             await beta.daemon()
             sentinel = await beta.sentinel()
-            assert await sentinel.ask(line(Died(lives=lives))) == Reply(id=0, result="void")
+            assert await sentinel.ask(line(Died(sessions=sessions))) == Reply(id=0, result="void")
             assert not beta.node.deaths
-            assert await sentinel.ask(line(Died(lives=[*lives, LIFE]))) == Reply(id=0, result="noted")
+            assert await sentinel.ask(line(Died(sessions=[*sessions, LIFE]))) == Reply(id=0, result="noted")
 
     run(scenario())
 
@@ -174,7 +174,7 @@ def test_a_promise_to_the_new_process_is_not_released_by_the_end_of_the_old_one(
             late = await beta.wire()
             refused = await late.ask(INTRODUCED + line(DIED))
             assert isinstance(refused, Refused)
-            assert refused.message == "it watches a process of alpha that never was here"
+            assert refused.message == "it watches a process of alpha that was not here"
             assert not beta.node.deaths
             assert beta.link.connected
 
@@ -292,7 +292,7 @@ def test_a_late_session_of_the_same_process_counts_as_well(tmp_path: Path) -> No
             await beta.daemon(session="52", beat=False, n=3)
             sentinel = await beta.sentinel()
             later = Session(session="52", incarnation=Incarnation(id="1", n=3))
-            assert await sentinel.ask(line(Died(lives=[later, LIFE]))) == Reply(id=0, result="noted")
+            assert await sentinel.ask(line(Died(sessions=[later, LIFE]))) == Reply(id=0, result="noted")
             ((_, proof, _),) = beta.node.deaths
             assert (proof.releases, proof.gone) == (True, True)
 
@@ -307,7 +307,11 @@ def test_a_late_session_of_the_same_process_counts_as_well(tmp_path: Path) -> No
     [
         (msgspec.structs.replace(WATCH, pair="bank"), "its pair is another one"),
         (msgspec.structs.replace(WATCH, node="beta"), "it watches beta, not alpha"),
-        (msgspec.structs.replace(WATCH, process="ab"), "it watches a process of alpha that never was here"),
+        (
+            msgspec.structs.replace(WATCH, sessions=[msgspec.structs.replace(LIFE, session="52")]),
+            "it watches a process of alpha that was not here",
+        ),
+        (msgspec.structs.replace(WATCH, process="ab"), "it watches a process of alpha that was not here"),
     ],
 )
 def test_who_watches_somebody_else_is_refused_with_the_reason(tmp_path: Path, watch: Watch, reason: str) -> None:
@@ -345,7 +349,7 @@ STRANGE = [
     b"x" * (3 * MAX_SENTINEL_LINE),
     line(Ready()),
     line(DIED),
-    line(Died(lives=[])),
+    line(Died(sessions=[])),
     line({**msgspec.to_builtins(WATCH), "magic": "other"}),
     line({**msgspec.to_builtins(WATCH), "process": ""}),
     line({**msgspec.to_builtins(WATCH), "process": 7}),
@@ -353,8 +357,8 @@ STRANGE = [
 ]
 STRANGE_LATER = [
     line(WATCH),
-    line({**msgspec.to_builtins(DIED), "lives": []}),
-    line({**msgspec.to_builtins(DIED), "lives": [msgspec.to_builtins(LIFE)] * (MAX_SESSIONS + 1)}),
+    line({**msgspec.to_builtins(DIED), "sessions": []}),
+    line({**msgspec.to_builtins(DIED), "sessions": [msgspec.to_builtins(LIFE)] * (MAX_SESSIONS + 1)}),
     line({**msgspec.to_builtins(DIED), "status": 1 << 70}),
     line({**msgspec.to_builtins(DIED), "status": "9"}),
     line({"t": "died"}),
@@ -408,7 +412,7 @@ def test_random_bytes_end_nothing_but_what_they_name(tmp_path: Path, rng: random
                 if beta.node.deaths:
                     reported = decode_sentinel_line(bytes(said).split(b"\n")[-2])
                     assert isinstance(reported, Died)
-                    assert reported.lives == [LIFE]
+                    assert reported.sessions == [LIFE]
                     return
             assert beta.link.connected
             sentinel = await beta.sentinel()
@@ -434,7 +438,7 @@ def test_of_too_many_the_oldest_is_let_go_and_of_too_many_words_the_one_that_say
             wires = [await beta.sentinel() for _ in range(MAX_SENTINELS + 1)]
             assert await wires[0].word() is None
             for wire in wires[1:]:
-                assert await wire.ask(line(Died(lives=[msgspec.structs.replace(LIFE, session="0")]))) == Reply(
+                assert await wire.ask(line(Died(sessions=[msgspec.structs.replace(LIFE, session="0")]))) == Reply(
                     id=0, result="void"
                 )
             wordy = wires[-1]
@@ -469,9 +473,10 @@ def test_any_value_of_any_key_is_taken_as_it_is_meant_or_not_at_all(plain: dict[
     except PeerProtocolError:
         return
     if isinstance(word, Died):
-        assert 1 <= len(word.lives) <= MAX_SESSIONS
+        assert 1 <= len(word.sessions) <= MAX_SESSIONS
         assert word.status is None or -64 <= word.status <= 255
     else:
+        assert 1 <= len(word.sessions) <= MAX_SESSIONS
         assert 0 < len(word.process) <= 32
         assert set(word.process) <= set("0123456789abcdef")
 

@@ -53,7 +53,15 @@ def test_every_part_of_the_name_counts(other: Life) -> None:
 
 def test_nobody_met_proves_nothing() -> None:
     assert Lives().prove([P1]) == Proof()
-    assert not Lives().knows("beta", "aa")
+    assert not Lives().knows([P1])
+
+
+def test_whom_this_node_met_last_and_to_whom_it_gave_its_word_are_known_by_their_sessions() -> None:
+    one = lives(met=P2, promised=P1)
+    assert one.knows([P1])
+    assert one.knows([P1_LATER, P2])
+    assert not one.knows([P1_LATER])
+    assert not one.knows([])
 
 
 def test_a_report_of_two_processes_is_none() -> None:

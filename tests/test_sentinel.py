@@ -29,9 +29,19 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
-WATCH = {"t": "watch", "magic": "mirrorpair-peer", "pair": "shop", "node": "alpha", "process": "aa"}
 FIRST = {"session": "51", "incarnation": {"id": "1", "n": 0}}
 SECOND = {"session": "52", "incarnation": {"id": "1", "n": 3}}
+
+
+def watch(*sessions: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "t": "watch",
+        "magic": "mirrorpair-peer",
+        "pair": "shop",
+        "node": "alpha",
+        "process": "aa",
+        "sessions": list(sessions),
+    }
 
 
 def readable(what: Any) -> None:
@@ -57,7 +67,7 @@ class Peer:
         link = Link(self.socket.accept()[0])
         self.links.append(link)
         assert link.read(len(PREAMBLE_SENTINEL)) == PREAMBLE_SENTINEL
-        assert decode_sentinel_line(link.line()) == Watch(pair="shop", node="alpha", process="aa")
+        assert decode_sentinel_line(link.line()) == msgspec.convert(watch(FIRST), Watch)
         link.say(answer)
         return link
 
@@ -114,7 +124,7 @@ class Rig:
             [sys.executable, "-I", "-S", sentinel.__file__, *words], pass_fds=(theirs.fileno(), self._end)
         )
         theirs.close()
-        self.facts: dict[str, Any] = {"address": address, "watch": WATCH, "lives": [FIRST], "keep_s": LIMIT_S, **facts}
+        self.facts: dict[str, Any] = {"address": address, "watch": watch(FIRST), "keep_s": LIMIT_S, **facts}
         self.tell()
 
     def tell(self, **changes: Any) -> None:
@@ -166,7 +176,7 @@ def test_a_killed_daemon_is_reported_over_the_connection_that_stood_before(peer:
         rig.until(sentinel.LINKED)
         rig.kill()
         life = msgspec.convert(FIRST, Session)
-        assert link.died() == Died(lives=[life], status=-signal.SIGKILL)
+        assert link.died() == Died(sessions=[life], status=-signal.SIGKILL)
         answered(link)
         assert rig.ended() == 0
         assert link.line() == b""
@@ -220,10 +230,10 @@ def test_what_the_daemon_said_last_counts_also_a_good_bye(peer: Peer) -> None:
         link = peer.accept()
         rig.until(sentinel.LINKED)
         os.kill(rig.process.pid, signal.SIGSTOP)
-        rig.tell(lives=[SECOND, FIRST])
+        rig.tell(watch=watch(SECOND, FIRST))
         rig.kill()
         os.kill(rig.process.pid, signal.SIGCONT)
-        assert [life.session for life in link.died().lives] == ["52", "51"]
+        assert [life.session for life in link.died().sessions] == ["52", "51"]
     with Rig(peer.address) as rig:
         link = peer.accept()
         rig.until(sentinel.LINKED)
@@ -287,7 +297,7 @@ def test_a_peer_that_comes_only_now_is_told_all_the_same(tmp_path: Path) -> None
 
 
 def test_who_was_met_never_is_told_nothing(peer: Peer) -> None:
-    with Rig(peer.address, lives=[]) as rig:
+    with Rig(peer.address, watch=None) as rig:
         rig.kill()
         assert rig.ended() == 0
         peer.socket.setblocking(False)
