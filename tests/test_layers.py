@@ -43,6 +43,7 @@ ROWS = [
     ["nodepeer"],
     ["nbdserver", "nodeadmin"],
     ["node"],
+    ["demo"],
     ["cli"],
     ["__main__"],
 ]

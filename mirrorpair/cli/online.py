@@ -143,7 +143,7 @@ def _watch(settings: Settings, daemon: AdminClient, volume: str | None, *, full:
     totals = Totals()
     try:
         with reporter(settings, "resync", listing=False) as report:
-            shown = _Shown(settings, report, totals)
+            shown = Shown(settings, report, totals)
             done = daemon.resync(volume, full=full, wait=True, on_progress=shown)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; a resync that has begun goes on, `mirrorpair status` shows it") from None
@@ -193,7 +193,7 @@ class Totals:
         return f": {format_size(total)} in {format_seconds(seconds)}, {format_percent(skipped, total)} skipped (equal)"
 
 
-class _Shown:
+class Shown:
     """What the daemon tells while it works, on to the terminal or the script."""
 
     def __init__(self, settings: Settings, report: Reporter, totals: Totals) -> None:
