@@ -87,7 +87,7 @@ def command(settings: Settings, out: str | None, keep: bool) -> int:
             with stage, hold.released():
                 result = demo(stage, _teller(settings)).run()
         finally:
-            if stage.kept and not settings.json:
+            if stage.kept and stage.journal.exists() and not settings.json:
                 note(settings, f"{'everything' if keep else 'the journal and the logs'}: {stage.folder}")
     result.folder = str(stage.folder) if stage.kept else None
     _show(settings, result)
@@ -98,16 +98,14 @@ def verdict(result: ResultLine) -> list[str]:
     """
     PASS  0 of 48,211 acknowledged writes lost   images identical
           failover 0.19 s   longest client stall 0.2 s   resync 312 MiB in 0.6 s (61 % skipped)   failback 0.05 s
-          cut off for 4.0 s: 0 of 64 writes acknowledged, until the witness was back
+          cut off from peer and witness for 4.0 s: 0 of 64 writes acknowledged
     """
     from mirrorpair.units import format_percent, format_seconds, format_size
 
-    lost = "? " if result.lost_writes is None else f"{result.lost_writes:,}"
+    word = "PASS" if result.passed else "FAIL"
+    lost = "?" if result.lost_writes is None else f"{result.lost_writes:,}"
     images = {True: "images identical", False: "images differ", None: "images not compared"}[result.images_identical]
-    lines = [
-        f"{'PASS' if result.passed else 'FAIL'}  {lost} of {result.acknowledged_writes:,} acknowledged writes lost   "
-        f"{images}"
-    ]
+    lines = [f"{word}  {lost} of {result.acknowledged_writes:,} acknowledged writes lost   {images}"]
     times = []
     if result.failover_s is not None:
         times.append(f"failover {format_seconds(result.failover_s)}")

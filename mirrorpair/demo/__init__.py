@@ -11,7 +11,7 @@ Rules:
 - Nothing is simulated. The daemons are `mirrorpair run` and `mirrorpair witness`; the volume is reached through NBD
   alone; what is killed is killed by SIGKILL.
 - The verdict rests on contents and counts. Times are printed, never judged; only a hang has a limit.
-- A check that had nothing to look at is a failure: without writes, without requests in flight at the kill, without
-  writes that wait in the negative control, nothing would have been shown.
+- A check that had nothing to look at is a failure: without writes, or
+  without writes that wait in the negative control, nothing would have been shown.
 - However it ends, its processes have ended and what it made is removed, unless it was to be kept.
 """

@@ -5,7 +5,7 @@
     done 1                     ... and was acknowledged
 
 Rules:
-- `sent` is recorded before a request leaves, `done` after its answer came: a journal demands too little, never too much.
+- `sent` is recorded before a request leaves, `done` after its answer came: it demands too little, never too much.
 - A block may hold what its last acknowledged write wrote, or what a later write wrote that was sent and not answered;
   nothing else. Writes to one block never overlap in time (writer.py sees to it), so their numbers are their order.
 - A block's content follows from the journal's seed, the write's number and the block's: it says itself who wrote it,
@@ -37,8 +37,7 @@ _DIGEST = 64
 
 
 def content(seed: int, number: int, block: int) -> bytes:
-    """What write `number` makes of `block`. A piece of 64 bytes repeats, so that half a block of it is told from half of
-    another one."""
+    """What write `number` makes of `block`. 64 bytes of its own repeat, so that a block of two halves is found."""
     if number == 0:
         return ZEROS
     stamp = _STAMP.pack(_MAGIC, seed, number, block)
@@ -58,7 +57,7 @@ def origin(seed: int, block: int, data: bytes) -> int | None:
 
 
 class Bounds(NamedTuple):
-    """What some blocks may hold: for each one the number of the least write that must be there, and of the last that may
+    """What some blocks may hold: of each the number of the write that must be there at least, and of the last that may
     be."""
 
     least: list[int]

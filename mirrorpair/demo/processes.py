@@ -66,7 +66,7 @@ image.{volume} = "{name}.img"
 """
 
 
-class Failed(Exception):
+class DemoError(Exception):
     """The demo cannot go on: a process ended, or something did not happen."""
 
 
@@ -119,12 +119,12 @@ class Process:
                         return
                 self.check()
                 if time.monotonic() > deadline:
-                    raise Failed(f"{self.name} is not ready after {HANG_S:.0f} s; its log ends: {self.last_words()}")
+                    raise DemoError(f"{self.name} is not ready after {HANG_S:.0f} s; its log ends: {self.last_words()}")
 
     def check(self) -> None:
-        """Failed when it ended although nobody ended it."""
+        """DemoError when it ended although nobody ended it."""
         if self._process is not None and (code := self._process.poll()) is not None:
-            raise Failed(f"{self.name} ended by itself with {code}; its log ends: {self.last_words()}")
+            raise DemoError(f"{self.name} ended by itself with {code}; its log ends: {self.last_words()}")
 
     def kill(self) -> None:
         """SIGKILL, and nothing else: as a crash. It is gone when this returns."""
@@ -140,10 +140,10 @@ class Process:
         try:
             code = self._process.wait(HANG_S)
         except subprocess.TimeoutExpired:
-            raise Failed(f"{self.name} has not ended {HANG_S:.0f} s after SIGTERM: {self.last_words()}") from None
+            raise DemoError(f"{self.name} has not ended {HANG_S:.0f} s after SIGTERM: {self.last_words()}") from None
         self._process = None
         if code != 0:
-            raise Failed(f"{self.name} ended with {code} after SIGTERM; its log ends: {self.last_words()}")
+            raise DemoError(f"{self.name} ended with {code} after SIGTERM; its log ends: {self.last_words()}")
 
     def end(self) -> None:
         """Whatever state it is in, and whatever it started in its session."""
@@ -191,13 +191,13 @@ class Node(Process):
             return daemon.status()
 
     def wait(self, condition: Condition) -> Status:
-        """Failed when it does not come to that."""
+        """DemoError when it does not come to that."""
         try:
             with self.admin() as daemon:
                 return daemon.wait_for(condition, timeout=HANG_S).status
         except MirrorpairError as error:
             self.check()
-            raise Failed(f"{self.name} does not become {condition}: {error}") from error
+            raise DemoError(f"{self.name} does not become {condition}: {error}") from error
 
     def connect(self) -> NbdClient:
         return connect(str(self.nbd), VOLUME, timeout=HANG_S)
@@ -263,7 +263,7 @@ class Stage:
         return {process.name: process.pid for process in self.processes if process.pid is not None}
 
     def check(self) -> None:
-        """Failed when one of the processes ended by itself."""
+        """DemoError when one of the processes ended by itself."""
         for process in self.processes:
             process.check()
 

@@ -76,13 +76,13 @@ class ResultLine(msgspec.Struct, kw_only=True, tag="result", tag_field="type"):
     def conclude(self) -> None:
         """Sets `passed`."""
         complete = (
-            self.lost_writes == 0
+            self.acknowledged_writes > 0
+            and self.lost_writes == 0
             and self.images_identical is True
             and self.wrong_reads == 0
             and self.frozen_acknowledged == 0
             and bool(self.frozen_writes)
             and bool(self.thawed_acknowledged)
-            and bool(self.unanswered_at_kill)
             and None not in (self.failover_s, self.resync_bytes, self.failback_s)
         )
         if not (complete or self.problems):

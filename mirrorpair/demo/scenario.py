@@ -6,10 +6,11 @@
     write, return, resync    beta alone; alpha comes back, and gets what differs while clients write
     failback                 the role goes back to alpha, under writes
     verify                   every block through NBD against the journal; both images against each other
-    cut, freeze, thaw        the negative control: alpha without peer and witness acknowledges nothing, until one is back
+    cut, freeze, thaw        the negative control: without peer and witness alpha acknowledges nothing
 
 Rules:
-- A step waits for what it needs, not for a time; HANG_S is reached by a hang alone, and is a failure.
+- A step waits for what it needs, not for a time; HANG_S is reached by a hang alone, and is a failure. So is a process
+  or a client that ended by itself.
 - A problem that leaves the pair usable is noted and the demo goes on: one run shows all that is wrong.
 - Negative control: a write that was announced after beta's and the witness's processes were reaped can be on one node
   only. Whether one of those is acknowledged is therefore a question without a time in it. It is looked at for WATCH_S
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from mirrorpair.control import Working
 from mirrorpair.demo.journal import Journal, load
-from mirrorpair.demo.processes import HANG_S, Failed, Node, Stage
+from mirrorpair.demo.processes import HANG_S, DemoError, Node, Stage
 from mirrorpair.demo.readback import Wrong, lost, read_back
 from mirrorpair.demo.report import ResultLine, StepLine, StepName, Teller
 from mirrorpair.demo.writer import Clients
@@ -85,7 +86,7 @@ class Demo:
                 self.negative_control()
         except Interrupted:
             raise KeyboardInterrupt from None
-        except (Failed, MirrorpairError, OSError) as error:
+        except (DemoError, MirrorpairError, OSError) as error:
             self.problem(str(error))
         return self.conclude()
 
@@ -193,15 +194,15 @@ class Demo:
             finally:
                 self.teller.resynced()
         if last is None:
-            raise Failed("alpha is in sync although no resync was seen: beta has written without it")
+            raise DemoError("alpha is in sync although no resync was seen: beta has written without it")
         stage.alpha.wait("synced")
         result.resync_bytes, result.resync_skipped_bytes = last.total_bytes, last.skipped_bytes
         result.resync_sent_bytes, result.resync_s = last.sent_bytes, ended - began
         self.tell(
             "resync",
             f"beta -> alpha: {format_size(last.total_bytes)} in {format_seconds(result.resync_s)}, "
-            f"{format_percent(last.skipped_bytes, last.done_bytes)} skipped (equal), {format_size(last.sent_bytes)} sent, "
-            "while clients write",
+            f"{format_percent(last.skipped_bytes, last.done_bytes)} skipped (equal), "
+            f"{format_size(last.sent_bytes)} sent, while clients write",
         )
 
     def fail_back(self) -> None:
@@ -218,8 +219,8 @@ class Demo:
         result.failback_stall_s = self._note_stall()
         self.tell(
             "failback",
-            f"{self._who(stage.alpha)} again, {format_seconds(result.failback_s)} after it was asked for, under writes; "
-            f"longest client stall {format_seconds(result.failback_stall_s)}",
+            f"{self._who(stage.alpha)} again, {format_seconds(result.failback_s)} after it was asked for, "
+            f"under writes; longest client stall {format_seconds(result.failback_stall_s)}",
         )
         self._write_on(self.phase_writes)
 
@@ -305,7 +306,7 @@ class Demo:
             2 * self.depth
         )  # those that wait since before the cut must not keep new ones from going out
         self._until(lambda: self.journal.since_mark()[0] >= self.writers, "clients ask for writes")
-        self._until(lambda: self._is_frozen(alpha.status()) or self.journal.since_mark()[1] > 0, "alpha holds writes")
+        self._until(lambda: self._is_frozen(alpha) or self.journal.since_mark()[1] > 0, "alpha holds writes")
         watched = time.monotonic()
         self._until(
             lambda: self.journal.since_mark()[1] > 0 or time.monotonic() - watched >= self.watch_s, "time goes by"
@@ -388,12 +389,14 @@ class Demo:
         self._until(enough, f"{count} writes are acknowledged")
 
     def _until(self, holds_now: Callable[[], bool], what: str) -> None:
-        """Looks again and again. Failed when a process ends by itself, a client does, or HANG_S are over."""
+        """Looks again and again. DemoError when a process ends by itself, a client does, or HANG_S are over."""
         deadline = time.monotonic() + HANG_S
         while not holds_now():
             self.stage.check()
+            if (ended := self.clients.ended()) is not None:
+                raise DemoError(ended)
             if time.monotonic() > deadline:
-                raise Failed(f"{HANG_S:.0f} s have not been enough for this: {what}")
+                raise DemoError(f"{HANG_S:.0f} s have not been enough for this: {what}")
             time.sleep(LOOK_S)
 
     def _both_synced(self) -> None:
@@ -404,8 +407,12 @@ class Demo:
         status = node.status()
         return f"{node.name} is {status.role} of epoch {status.epoch}"
 
-    def _is_frozen(self, status: Status) -> bool:
-        return status.serving == "held" and not status.arbiter.reachable and not status.peer.connected
+    def _is_frozen(self, node: Node) -> bool:
+        """It has missed its peer, has wanted to go on alone, and nobody could be asked."""
+        with node.admin() as daemon:
+            status, events = daemon.status(), daemon.events()
+        wanted = any(event.kind == "link" and event.new == "shrinking" for event in events)
+        return wanted and status.serving == "held" and not status.arbiter.reachable and not status.peer.connected
 
     def _count(self) -> str:
         return f"{self.journal.acknowledged:,}"
