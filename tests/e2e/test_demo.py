@@ -106,17 +106,17 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     result = lines[-1]
     assert done.returncode == 0, (result, done.stderr)
     assert done.stderr == ""
-    assert [line["step"] for line in lines if line["type"] == "step"] == (
+    steps = [line for line in lines if line["type"] == "step"]
+    assert " ".join(line["step"] for line in steps) == (
         "init start promote write kill failover verify write return resync failback verify verify "
         "start cut freeze thaw verify"
-    ).split()
+    )
     assert (result["type"], result["op"], result["passed"], result["finished"]) == ("result", "demo", True, True)
     assert (result["problems"], result["lost_writes"], result["wrong_reads"]) == ([], 0, 0)
     assert (result["images_identical"], result["frozen_acknowledged"]) == (True, 0)
     assert min(result["acknowledged_writes"], result["reads"], result["frozen_writes"]) > 0
     assert [name for name, value in result.items() if value is None] == []
-    assert result["resync_skipped_bytes"] + result["resync_sent_bytes"] == result["resync_bytes"] > 0
-    steps = [line for line in lines if line["type"] == "step"]
+    assert 0 < result["resync_sent_bytes"] <= result["resync_bytes"]
     assert set(steps[0]) == {"type", *StepLine.__struct_fields__}
     assert set(result) == {"type", *ResultLine.__struct_fields__}
     pids = {step["step"]: step["pids"] for step in reversed(steps)}
