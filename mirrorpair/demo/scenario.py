@@ -229,6 +229,8 @@ class Demo:
         with old.admin() as daemon:
             daemon.demote()
         with new.admin() as daemon:
+            # What it heard last may be from before.
+            self._until(lambda: daemon.status().peer.role == "secondary", f"{new.name} hears that {old.name} has left")
             daemon.promote()
 
     def stop_writing(self) -> None:

@@ -109,7 +109,7 @@ class Writer(Client):
         self._longest_s = 0.0
 
     def longest_stall_s(self, *, forget: bool = False) -> float:
-        """How long a write, or its successor on another connection, went without an answer at most, up to now."""
+        """How long it waited at most, up to now, without any answer: for one on its connection, or for a connection."""
         with self._stalls:
             longest = self._longest_s
             if self._waiting_since is not None:
@@ -132,7 +132,14 @@ class Writer(Client):
                     self.leaves.wait(max(0.0, self._due - time.monotonic()))
         except RemoteError as error:
             self._collect()
+            self._waits()  # for somebody who serves it
             self._failed(error)
+
+    def _waits(self) -> None:
+        """From now on, unless it does already."""
+        with self._stalls:
+            if self._waiting_since is None:
+                self._waiting_since = time.monotonic()
 
     def _is_due(self) -> bool:
         now = time.monotonic()
@@ -144,9 +151,7 @@ class Writer(Client):
     def _send(self, client: NbdClient) -> None:
         blocks = self._choose()
         number = self._journal.start(blocks.start, len(blocks))
-        with self._stalls:
-            if self._waiting_since is None:
-                self._waiting_since = time.monotonic()
+        self._waits()
         data = payload(self._journal.seed, number, blocks.start, len(blocks))
         fua = self._rng.randrange(FUA_OF) == 0
         self._flying.append((client.start_write(blocks.start * BLOCK, data, fua=fua), number, blocks))

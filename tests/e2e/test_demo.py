@@ -116,6 +116,7 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert (result["images_identical"], result["frozen_acknowledged"]) == (True, 0)
     assert min(result["acknowledged_writes"], result["reads"], result["frozen_writes"]) > 0
     assert [name for name, value in result.items() if value is None] == []
+    assert result["failover_stall_s"] > result["failover_s"] / 2  # nobody served anybody meanwhile
     assert 0 < result["resync_sent_bytes"] <= result["resync_bytes"]
     assert set(steps[0]) == {"type", *StepLine.__struct_fields__}
     assert set(result) == {"type", *ResultLine.__struct_fields__}
