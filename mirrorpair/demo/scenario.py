@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mirrorpair.status import Resync, Status
 
 LOOK_S = 0.02
-PHASE_S = 8.0
+PHASE_S = 5.0
 """A slow machine is not asked for all writes of a phase: after so long some are enough."""
 SHOWN = 3
 
@@ -56,6 +56,7 @@ class Demo:
     writers = 4
     depth = 16
     per_second = 4000.0
+    slowly = 400.0
     phase_writes = 6000
     few_writes = 500
     watch_s = 3.0
@@ -157,10 +158,12 @@ class Demo:
         )
 
     def check_after_failover(self) -> None:
-        """Beside the writers, so that nothing can be overwritten before it was looked at."""
+        """Beside the writers, which go slowly: hardly anything is overwritten before it was looked at."""
         acknowledged = self._count()
+        self.clients.pace(self.slowly)
         if not self._judge(self.stage.beta, self.journal):
             self.tell("verify", f"read back from beta while clients write: {acknowledged} acknowledged, none lost")
+        self.clients.pace(self.per_second)
 
     def write_alone(self) -> None:
         before = self.journal.acknowledged
