@@ -233,8 +233,7 @@ class Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.end()
+        self.end()
         if self.sockets != self.folder:
             shutil.rmtree(self.sockets, ignore_errors=True)
         if self.keep:
@@ -258,6 +257,11 @@ class Stage:
     def kept(self) -> bool:
         """Whether anything stays in the folder."""
         return self.keep or self._named
+
+    def end(self) -> None:
+        """No process of ours is left when this returns."""
+        for process in self.processes:
+            process.end()
 
     def pids(self) -> dict[str, int]:
         return {process.name: process.pid for process in self.processes if process.pid is not None}

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import contextmanager
+from subprocess import SubprocessError
 from typing import TYPE_CHECKING
 
 from mirrorpair.control import Working
@@ -37,7 +39,7 @@ from mirrorpair.text import printable
 from mirrorpair.units import format_percent, format_seconds, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mirrorpair.demo.readback import Book
     from mirrorpair.status import Resync, Status
@@ -74,7 +76,7 @@ class Demo:
         try:
             with self.journal:
                 self.set_up()
-                with self.new_clients() as self.clients:
+                with self.serving_clients():
                     self.write()
                     self.kill_the_primary()
                     self.check_after_failover()
@@ -87,7 +89,7 @@ class Demo:
                 self.negative_control()
         except Interrupted:
             raise KeyboardInterrupt from None
-        except (DemoError, MirrorpairError, OSError) as error:
+        except (DemoError, MirrorpairError, OSError, SubprocessError) as error:
             self.problem(str(error))
         return self.conclude()
 
@@ -120,9 +122,17 @@ class Demo:
         self._both_synced()
         self.tell("promote", f"{self._who(stage.alpha)}; alpha and beta are in sync")
 
-    def new_clients(self) -> Clients:
+    @contextmanager
+    def serving_clients(self) -> Iterator[None]:
+        """`self.clients` are at work. When this is cut short the daemons go first, so that no client waits for them."""
         paths = [node.nbd for node in self.stage.nodes]
-        return Clients(paths, self.journal, writers=self.writers, depth=self.depth, per_second=self.per_second)
+        self.clients = Clients(paths, self.journal, writers=self.writers, depth=self.depth, per_second=self.per_second)
+        with self.clients:
+            try:
+                yield
+            except BaseException:
+                self.stage.end()
+                raise
 
     def write(self) -> None:
         self.tell(
@@ -248,12 +258,13 @@ class Demo:
         self._both_synced()
         self.journal.flush()
         ledger = load(self.stage.journal)
-        wrong = self._judge(self.stage.alpha, ledger)
+        primary = self._primary()
+        wrong = self._judge(primary, ledger)
         self.result.lost_writes = len(lost(wrong))
         self.result.checked_bytes = self.size
         self.tell(
             "verify",
-            f"read back from alpha: {self.result.lost_writes:,} of {ledger.acknowledged:,} acknowledged writes lost",
+            f"read back from {primary.name}: {len(lost(wrong)):,} of {ledger.acknowledged:,} acknowledged writes lost",
         )
 
     def compare_images(self) -> None:
@@ -277,7 +288,7 @@ class Demo:
         stage.alpha.wait("primary")
         self._both_synced()
         self.tell("start", f"both are started again; {self._who(stage.alpha)}, beta in sync")
-        with self.new_clients() as self.clients:
+        with self.serving_clients():
             self._write_on(self.few_writes)
             self.cut()
             self.freeze()
@@ -407,6 +418,12 @@ class Demo:
     def _both_synced(self) -> None:
         for node in self.stage.nodes:
             node.wait("synced")
+
+    def _primary(self) -> Node:
+        found = next((node for node in self.stage.nodes if node.status().role == "primary"), None)
+        if found is None:
+            raise DemoError("nobody is primary although nobody was stopped")
+        return found
 
     def _who(self, node: Node) -> str:
         status = node.status()
