@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": "A whole pair on this machine: kill, failover, resync, failback, verify; PASS or FAIL.",
+    "demo": "A pair on this machine loses a host and gets it back: PASS or FAIL.",
     "init": "Make this node: its images and their metadata.",
     "run": "The daemon of this node, in the foreground.",
     "witness": "The witness of one or many pairs, on a third host.",
