@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from mirrorpair.cli.demo import verdict as verdict_lines
 from mirrorpair.demo.journal import BLOCK, ZEROS, Journal, Ledger, content, load, origin, payload
 from mirrorpair.demo.readback import Wrong, lost, read_back, wrong_blocks
 from mirrorpair.demo.report import ResultLine
@@ -255,3 +256,26 @@ def test_it_fails_when_anything_is_wrong_or_was_not_looked_at(field: str, value:
     result.conclude()
     assert not result.passed
     assert result.problems
+
+
+def test_the_verdict_as_people_see_it() -> None:
+    result = good()
+    result.acknowledged_writes, result.longest_stall_s, result.failover_s, result.failback_s = 48211, 0.2, 0.19, 0.05
+    result.resync_bytes, result.resync_skipped_bytes, result.resync_sent_bytes = 312 << 20, 610, 390
+    result.resync_s, result.frozen_s = 0.6, 4.0
+    result.conclude()
+    assert verdict_lines(result) == [
+        "PASS  0 of 48,211 acknowledged writes lost   images identical",
+        "      failover 0.19 s   longest client stall 0.20 s   resync 312 MiB in 0.60 s (61.0 % skipped)   "
+        "failback 0.05 s",
+        "      cut off from peer and witness for 4.00 s: 0 of 3 writes acknowledged",
+    ]
+
+
+def test_the_verdict_of_a_run_that_broke_off() -> None:
+    result = ResultLine(problems=["beta ended by itself with 1"], acknowledged_writes=7)
+    result.conclude()
+    assert verdict_lines(result) == [
+        "FAIL  ? of 7 acknowledged writes lost   images not compared",
+        "      problem: beta ended by itself with 1",
+    ]

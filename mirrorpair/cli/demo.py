@@ -112,10 +112,11 @@ def verdict(result: ResultLine) -> list[str]:
     if result.longest_stall_s is not None:
         times.append(f"longest client stall {format_seconds(result.longest_stall_s)}")
     if result.resync_bytes is not None and result.resync_s is not None:
-        skipped = format_percent(result.resync_skipped_bytes or 0, result.resync_bytes)
-        times.append(
-            f"resync {format_size(result.resync_bytes)} in {format_seconds(result.resync_s)} ({skipped} skipped)"
-        )
+        resync = f"resync {format_size(result.resync_bytes)} in {format_seconds(result.resync_s)}"
+        if result.resync_skipped_bytes is not None and result.resync_sent_bytes is not None:
+            looked_at = result.resync_skipped_bytes + result.resync_sent_bytes
+            resync += f" ({format_percent(result.resync_skipped_bytes, looked_at)} skipped)"
+        times.append(resync)
     if result.failback_s is not None:
         times.append(f"failback {format_seconds(result.failback_s)}")
     if times:

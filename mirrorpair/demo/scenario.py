@@ -41,13 +41,29 @@ from mirrorpair.units import format_percent, format_seconds, format_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mirrorpair.control import AdminClient
     from mirrorpair.demo.readback import Book
-    from mirrorpair.status import Resync, Status
+    from mirrorpair.status import Resync
 
 LOOK_S = 0.02
 PHASE_S = 5.0
 """A slow machine is not asked for all writes of a phase: after so long some are enough."""
 SHOWN = 3
+
+
+class Seen:
+    """What was seen of a resync: from when to when, and the last of it."""
+
+    def __init__(self) -> None:
+        self.last: Resync | None = None
+        self.began = self.ended = time.monotonic()
+
+    def look(self, resync: Resync | None, now: float) -> None:
+        if resync is not None and resync.total_bytes:
+            self.began = now if self.last is None else self.began
+            self.last = resync
+        if resync is not None or self.last is None:
+            self.ended = now
 
 
 class Demo:
@@ -58,8 +74,8 @@ class Demo:
     writers = 4
     depth = 16
     per_second = 4000.0
-    slowly = 400.0
-    phase_writes = 6000
+    slowly = 1000.0
+    phase_writes = 5000
     few_writes = 500
     watch_s = 3.0
 
@@ -182,41 +198,43 @@ class Demo:
 
     def bring_back(self) -> None:
         stage, result = self.stage, self.result
-        stage.alpha.start()
-        self.tell("return", f"alpha (pid {stage.alpha.pid}) is started again")
-        last: Resync | None = None
-        began = ended = time.monotonic()
-        started = began
         with stage.beta.admin() as beta:
-
-            def look() -> bool:
-                nonlocal last, began, ended
-                status: Status = beta.status()
-                resync = status.volumes[0].resync
-                now = time.monotonic()
-                if resync is not None and resync.total_bytes:
-                    began, last = (now if last is None else began), resync
-                    ended = now
-                self.teller.resync(
-                    Working(op="resync", seconds=now - started, volumes=status.volumes, reason=status.reason)
-                )
-                return holds(status, "synced")
-
+            behind = beta.status().volumes[0].out_of_sync_bytes
+            if not behind:
+                raise DemoError("beta has written alone, and says that alpha lacks nothing")
+            stage.alpha.start()
+            self.tell(
+                "return", f"alpha (pid {stage.alpha.pid}) is started again; it lacks {format_size(behind)} or less"
+            )
+            self.clients.pace(self.slowly)
+            seen = Seen()
             try:
-                self._until(look, "alpha is in sync again")
+                self._until(lambda: self._resynced(beta, seen), "alpha is in sync again")
             finally:
                 self.teller.resynced()
-        if last is None:
-            raise DemoError("alpha is in sync although no resync was seen: beta has written without it")
+            self.clients.pace(self.per_second)
         stage.alpha.wait("synced")
-        result.resync_bytes, result.resync_skipped_bytes = last.total_bytes, last.skipped_bytes
-        result.resync_sent_bytes, result.resync_s = last.sent_bytes, ended - began
+        result.resync_s = seen.ended - seen.began
+        result.resync_bytes, skipped = behind, ""
+        if (last := seen.last) is not None:
+            result.resync_bytes, result.resync_skipped_bytes = last.total_bytes, last.skipped_bytes
+            result.resync_sent_bytes = last.sent_bytes
+            skipped = (
+                f"{format_percent(last.skipped_bytes, last.skipped_bytes + last.sent_bytes)} skipped (equal), "
+                f"{format_size(last.sent_bytes)} sent, "
+            )
         self.tell(
             "resync",
-            f"beta -> alpha: {format_size(last.total_bytes)} in {format_seconds(result.resync_s)}, "
-            f"{format_percent(last.skipped_bytes, last.done_bytes)} skipped (equal), "
-            f"{format_size(last.sent_bytes)} sent, while clients write",
+            f"beta -> alpha: {format_size(result.resync_bytes)} in {format_seconds(result.resync_s)}, {skipped}"
+            "while clients write",
         )
+
+    def _resynced(self, beta: AdminClient, seen: Seen) -> bool:
+        status = beta.status()
+        seen.look(status.volumes[0].resync, time.monotonic())
+        seconds = time.monotonic() - seen.began
+        self.teller.resync(Working(op="resync", seconds=seconds, volumes=status.volumes, reason=status.reason))
+        return holds(status, "synced")
 
     def fail_back(self) -> None:
         stage, result = self.stage, self.result
