@@ -264,10 +264,10 @@ def test_the_verdict_as_people_see_it() -> None:
     result.resync_bytes, result.resync_skipped_bytes, result.resync_sent_bytes = 312 << 20, 610, 390
     result.resync_s, result.frozen_s = 0.6, 4.0
     result.conclude()
+    resync = "resync 312 MiB in 0.60 s (61.0 % skipped)"
     assert verdict_lines(result) == [
         "PASS  0 of 48,211 acknowledged writes lost   images identical",
-        "      failover 0.19 s   longest client stall 0.20 s   resync 312 MiB in 0.60 s (61.0 % skipped)   "
-        "failback 0.05 s",
+        f"      failover 0.19 s   longest client stall 0.20 s   {resync}   failback 0.05 s",
         "      cut off from peer and witness for 4.00 s: 0 of 3 writes acknowledged",
     ]
 

@@ -65,6 +65,9 @@ class Seen:
         if resync is not None or self.last is None:
             self.ended = now
 
+    def progress(self) -> int:
+        return 0 if self.last is None else self.last.done_bytes
+
 
 class Demo:
     """One run. What a class attribute says may be less in a test."""
@@ -209,7 +212,7 @@ class Demo:
             self.clients.pace(self.slowly)
             seen = Seen()
             try:
-                self._until(lambda: self._resynced(beta, seen), "alpha is in sync again")
+                self._until(lambda: self._resynced(beta, seen), "alpha is in sync again", seen.progress)
             finally:
                 self.teller.resynced()
             self.clients.pace(self.per_second)
@@ -420,16 +423,20 @@ class Demo:
             done = self.journal.acknowledged - before
             return done >= count or (done * 10 >= count and time.monotonic() - began >= PHASE_S)
 
-        self._until(enough, f"{count} writes are acknowledged")
+        self._until(enough, f"{count} writes are acknowledged", lambda: self.journal.acknowledged)
 
-    def _until(self, holds_now: Callable[[], bool], what: str) -> None:
-        """Looks again and again. DemoError when a process ends by itself, a client does, or HANG_S are over."""
-        deadline = time.monotonic() + HANG_S
+    def _until(self, holds_now: Callable[[], bool], what: str, sign: Callable[[], object] = lambda: None) -> None:
+        """Looks again and again. DemoError when a process or a client ends by itself, or HANG_S are over in which
+        `sign` did not change."""
+        last, since = sign(), time.monotonic()
         while not holds_now():
             self.stage.check()
             if (ended := self.clients.ended()) is not None:
                 raise DemoError(ended)
-            if time.monotonic() > deadline:
+            now = sign()
+            if now != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > HANG_S:
                 raise DemoError(f"{HANG_S:.0f} s have not been enough for this: {what}")
             time.sleep(LOOK_S)
 
