@@ -246,26 +246,23 @@ class Demo:
         self._note_stall()
         self.journal.mark()
         began = time.monotonic()
-        self.hand_over(stage.beta, stage.alpha)
+        self.hand_over(stage.alpha)
         result.failback_s = time.monotonic() - began
         self._until(lambda: self.journal.since_mark()[1] >= self.few_writes, "clients are served again")
         self.clients.pace(self.per_second)
         result.failback_stall_s = self._note_stall()
         self.tell(
             "failback",
-            f"{self._who(stage.alpha)} again, {format_seconds(result.failback_s)} after it was asked for, "
-            f"under writes; longest client stall {format_seconds(result.failback_stall_s)}",
+            f"switchover under writes: {self._who(stage.alpha)} again after {format_seconds(result.failback_s)}; "
+            f"longest client stall {format_seconds(result.failback_stall_s)}",
         )
         self._write_on(self.phase_writes)
 
-    def hand_over(self, old: Node, new: Node) -> None:
-        """The planned change of the primary. Interim: two steps, until `switchover` is one."""
-        with old.admin() as daemon:
-            daemon.demote()
-        with new.admin() as daemon:
-            # What it heard last may be from before.
-            self._until(lambda: daemon.status().peer.role == "secondary", f"{new.name} hears that {old.name} has left")
-            daemon.promote()
+    def hand_over(self, to: Node) -> None:
+        """The planned change of the primary; either node may be asked."""
+        with to.admin() as daemon:
+            daemon.switchover(to=to.name)
+        to.wait("primary")
 
     def stop_writing(self) -> None:
         self._note_stall()
