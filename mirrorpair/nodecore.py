@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from mirrorpair.noderegister import WitnessSide
     from mirrorpair.nodesentinel import Keeper
     from mirrorpair.nodeview import NodeView
+    from mirrorpair.peercontrol import Control
     from mirrorpair.peerlink import PeerLink
     from mirrorpair.rolewords import Action, Demote, Event, Handoff, Promote, RoleName
     from mirrorpair.rolewords import Swap as SwapAction
@@ -107,12 +108,14 @@ log = logging.getLogger("mirrorpair.node")
 class Link:
     """The data link that the engine has."""
 
-    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int]) -> None:
+    def __init__(self, session: int, source: bool, made: Made, open_volumes: set[int], control: Control) -> None:
         self.session = session
         self.source = source
         self.made = made
         self.open_volumes = open_volumes
         """indexes of volumes whose resync has not ended"""
+        self.control = control
+        """the session it was made in"""
         self.since = time.monotonic()
 
 
@@ -158,6 +161,8 @@ class Core:
         """its peer was lost as a connected primary (F18)"""
         self.peer_leaves = False
         """the connected peer has said that it stops"""
+        self.equal_in: Control | None = None
+        """the session in which the peer was last found equal: whoever connects later is not"""
         self._peer_boot: str | None = None
         """the peer's boot in the last data link"""
         self.process = secrets.token_hex(8)
@@ -495,6 +500,7 @@ class Core:
                 await self.durable(lambda: self.open.settled(self.state.role))
             self.step(CaughtUp())
             if link.source:
+                self.equal_in = link.control
                 self.step(Synced())
 
         self.post(settle)

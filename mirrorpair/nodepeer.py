@@ -2,6 +2,7 @@
 
 Rules:
 - L0 The two records become one before anything follows from who the peer is.
+- A16 In an arbitrated pair a primary is the source; without one, only who is in the set.
 - W9 A data link belongs to the control connection and to the roles with which its handshake began; when either changed
   meanwhile it is not attached.
 - R1 A request to take over ids is believed only on the data link that it names.
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from mirrorpair.datalink import Made
     from mirrorpair.history import Decision
     from mirrorpair.pairing import Agreement
+    from mirrorpair.peercontrol import Control
     from mirrorpair.peerdata import DataConnection
     from mirrorpair.peermessages import Ask, Watch
     from mirrorpair.proofs import Proof
@@ -337,7 +339,7 @@ class PeerSide:
                 peer=self._core.peer.name,
                 objection=self._objection(),
                 decided=self._decided,
-                prepare=self._prepare,
+                prepare=lambda agreement, plan: self._prepare(data, agreement, plan),
                 new_id=new_id,
                 new_uuid=lambda: secrets.token_hex(16),
             )
@@ -348,7 +350,7 @@ class PeerSide:
             raise
         if self._core.facts_version != version or self._core.peer_link.control is not control:
             raise Stopped(Stop(code=1, kind="retry", message="the roles changed during the handshake"))
-        self._attach(data, made)
+        self._attach(data, made, control)
         self._peer_boot = control.hello.boot_id if control.hello is not None else None
 
     def _objection(self) -> Stop | None:
@@ -401,9 +403,12 @@ class PeerSide:
             log.warning("no mirror with %s: %s", self._core.peer.name, refusal.reason)
         self._core.changed.set()
 
-    async def _prepare(self, agreement: Agreement, plan: Plan) -> None:
-        """R1, M10."""
+    async def _prepare(self, data: DataConnection, agreement: Agreement, plan: Plan) -> None:
+        """R1, M10, A16."""
         target = plan.source != self._core.name
+        if target and any(one.amount != "none" for one in plan.volumes) and (stop := self._unlisted()) is not None:
+            await data.stop(stop)
+            raise Stopped(stop)
 
         def write() -> None:
             self._core.open.met(plan.pair_uuid)
@@ -418,11 +423,11 @@ class PeerSide:
 
         await self._core.durable(write)
 
-    def _attach(self, data: DataConnection, made: Made) -> None:
+    def _attach(self, data: DataConnection, made: Made, control: Control) -> None:
         source = made.plan.source == self._core.name
         plans = [_PLANS[one.amount] for one in made.plan.volumes]
         busy = {index for index, plan in enumerate(plans) if plan != PLAN_NONE}
-        link = Link(data.session, source, made, busy)
+        link = Link(data.session, source, made, busy, control)
         self._core.engine.attach_link(
             data.channel, epoch=self._core.state.epoch, source=source, plans=plans, timeout=LINK_TIMEOUT_S
         )
@@ -438,6 +443,15 @@ class PeerSide:
                     self._core.spawn(self._forget_bitmap(volume))
         if not busy:
             self._core.all_equal(link)
+
+    def _unlisted(self) -> Stop | None:
+        """A16: without a primary this node is not overwritten by who is not in the set, as far as it knows: it may be
+        the only one that has everything."""
+        core, state = self._core, self._core.state
+        if core.witness is None or state.peer_role == "primary" or core.peer.name in state.in_sync or not state.epoch:
+            return None
+        message = f"{core.name} does not know {core.peer.name} as one that has everything, and nobody is primary"
+        return Stop(code=1, kind="retry", message=message)
 
     async def _forget_bitmap(self, volume: OpenVolume) -> None:
         """The ids are equal: the "done" of an earlier resync was lost on its way."""

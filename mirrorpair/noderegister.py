@@ -5,6 +5,7 @@ Rules:
   record says that it must not be. What is reported before that is "unknown".
 - A13 The node file's epoch floor is durable before an acquisition is sent; the role and the epoch are before it counts.
 - W8 The images are flushed before the role is taken.
+- A8 Who enters the set is who was found equal, in the session in which it was: a new one of the same name is not.
 - It looks once at the start, each second while its node answers writes alone (A1), when the peer has seen a newer
   record, and now and then to know that the witness is there. What it finds becomes an event only if it is new.
 - F17 A record that is older than one that this node has seen is not believed: the roles stay as they are, until a
@@ -65,6 +66,7 @@ class CoreLike(Protocol):
     failed: asyncio.Event
     stopping: asyncio.Event
     quiet: bool
+    equal_in: Control | None
 
     def post(self, event: Event | Callable[[], Awaitable[None]]) -> None: ...
 
@@ -176,7 +178,7 @@ class WitnessSide:
     # --- changing
 
     async def swap(self, action: SwapAction) -> None:
-        peer = self._core.peer_link.control
+        peer = self._core.equal_in
         async with self._one:
             try:
                 event = await self._swap(action, peer)
@@ -185,7 +187,7 @@ class WitnessSide:
         self._core.post(event)
 
     async def _swap(self, action: SwapAction, peer: Control | None) -> Swapped:
-        """`peer`: its session when the swap was decided; who enters the set is who was found equal in it."""
+        """`peer`: the session in which it was found equal."""
         if action.purpose in ACQUISITIONS:
             if (obstacle := self._core.open.obstacle()) is not None:
                 return Swapped(action, False, obstacle, code=FAILED)
