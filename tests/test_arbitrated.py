@@ -36,6 +36,10 @@ def simulate(rng: random.Random, **traits: object) -> World:
     return world
 
 
+def stormy(rng: random.Random) -> None:
+    simulate(rng, storm=1)
+
+
 def test_no_acknowledged_write_is_lost_and_nobody_acknowledges_beside_another(rng: random.Random) -> None:
     """And once nothing fails any more both are in sync again. Those who took over, and what was acknowledged, say that
     there was something to be lost."""
@@ -43,6 +47,26 @@ def test_no_acknowledged_write_is_lost_and_nobody_acknowledges_beside_another(rn
     assert sum(len(world.acked) for world in worlds) > 1000
     assert sum(world.acquisitions for world in worlds) > 150
     assert sum(world.released for world in worlds) > 20
+
+
+def late_reports(rng: random.Random) -> World:
+    """Kills whose proofs come when both are in sync again and have just lost each other: then they are dangerous."""
+    world = World(rng)
+    for _ in range(4):
+        world.heal(6000)
+        world.kill(next(machine for machine in world.machines if machine.state.role == "primary"))
+        world.heal(6000)
+        world.faults = True
+        world.part()
+        world.prove()
+        world.run(250)
+    world.heal(6000)
+    return world
+
+
+def test_a_report_that_comes_when_the_next_process_serves_ends_nothing_of_it(rng: random.Random) -> None:
+    worlds = [late_reports(rng) for _ in range(30)]
+    assert sum(len(world.acked) for world in worlds) > 500
 
 
 # --- it bites
@@ -108,9 +132,11 @@ def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule:
     owner, name, value = WEAKENED[rule]
     monkeypatch.setattr(owner, name, value, raising=False)
 
+    play = late_reports if value is credulous_proof else stormy
+
     def many() -> None:
         for seed in range(1000):
-            simulate(random.Random(seed), storm=1)
+            play(random.Random(seed))
 
     with pytest.raises(AssertionError, match=r"^(I\d|A19):"):
         many()

@@ -487,6 +487,11 @@ class World:
             self.proofs.append((machine.other, machine.sessions[-8:]))
         self.crash(machine)
 
+    def part(self) -> None:
+        """A cut that lasts, for about as long as a promise."""
+        self.cut_wire("cut")
+        self.broken_until = self.now + self.rng.randrange(2 * PROMISE)
+
     def prove(self) -> None:
         """A report arrives, and may be sent once more."""
         if self.proofs:
@@ -528,7 +533,7 @@ class World:
         }
         if self.faults:
             faults = {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1, "pause": 0.3}
-            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2, "proof": 4}
+            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2, "proof": 2}
             kinds |= {fault: weight * self.storm for fault, weight in faults.items()}
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "event" and machine.up and machine.inbox:
@@ -557,8 +562,6 @@ class World:
             self.witness.cas(*self.witness.late.pop(rng.randrange(len(self.witness.late))), late=True)
         elif kind == "cut":
             self.cut_wire("cut")
-            if rng.random() < 0.3:
-                self.broken_until = self.now + rng.randrange(2 * PROMISE)
         elif kind == "unlink":
             self.cut_link("flap")
         elif kind == "crash":
