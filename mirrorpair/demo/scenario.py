@@ -207,7 +207,8 @@ class Demo:
                 raise DemoError("beta has written alone, and says that alpha lacks nothing")
             stage.alpha.start()
             self.tell(
-                "return", f"alpha (pid {stage.alpha.pid}) is started again; it lacks {format_size(behind)} or less"
+                "return",
+                f"alpha (pid {stage.alpha.pid}) is started again; beta has marked {format_size(behind)} for it",
             )
             self.clients.pace(self.slowly)
             seen = Seen()
