@@ -124,11 +124,10 @@ class Demo:
 
     def set_up(self) -> None:
         stage = self.stage
+        where = printable(str(stage.folder)) if stage.kept else "a temporary folder"
         for node in stage.nodes:
             node.init()
-        self.tell(
-            "init", f"alpha and beta, {format_size(self.size)} each, sparse, below {printable(str(stage.folder))}"
-        )
+        self.tell("init", f"alpha and beta, {format_size(self.size)} each, sparse, in {where}")
         for process in stage.processes:
             process.launch()
         for process in stage.processes:
