@@ -13,7 +13,7 @@ from mirrorpair.cli.common import Settings, common_options, raise_interrupt_on_t
     epilog="""\b
 Examples:
   mirrorpair switchover                     # to the node that is not primary
-  mirrorpair switchover --to alpha          # from either node; nothing is done if alpha is primary
+  mirrorpair switchover --to alpha          # from either node; no change if alpha is primary
   mirrorpair switchover -n                  # what would happen, or why it is refused
 
 \b
