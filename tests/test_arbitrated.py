@@ -36,6 +36,30 @@ def simulate(rng: random.Random, **traits: object) -> World:
     return world
 
 
+def parted(rng: random.Random) -> World:
+    """The two lose each other for a while, again and again, when all was well; nothing else fails."""
+    world = World(rng)
+    for _ in range(6):
+        world.heal(6000)
+        for machine in world.machines:
+            world.beat(machine)
+        world.part()
+        world.run(250)
+    return world
+
+
+def late_takeover(rng: random.Random) -> World:
+    world = World(rng)
+    world.worst_takeover()
+    return world
+
+
+def late_expand(rng: random.Random) -> World:
+    world = World(rng)
+    world.worst_expand()
+    return world
+
+
 def stormy(rng: random.Random) -> None:
     simulate(rng, storm=1)
 
@@ -127,12 +151,23 @@ WEAKENED: dict[str, tuple[object, str, object]] = {
 }
 
 
+PLAYS = {
+    "A0 an unknown swap counts as none": late_expand,
+    "A2 required only once it is known": late_expand,
+    "A10 validity is not looked at": parted,
+    "A11 promises are not kept": parted,
+    "A11 any process's death ends the promise": late_reports,
+    "A13 promises beside an attempt": late_takeover,
+}
+"""what shows it soon, where storms do not"""
+
+
 @pytest.mark.parametrize("rule", WEAKENED)
 def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     owner, name, value = WEAKENED[rule]
     monkeypatch.setattr(owner, name, value, raising=False)
 
-    play = late_reports if value is credulous_proof else stormy
+    play = PLAYS.get(rule, stormy)
 
     def many() -> None:
         for seed in range(1000):
@@ -140,6 +175,12 @@ def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule:
 
     with pytest.raises(AssertionError, match=r"^(I\d|A19):"):
         many()
+
+
+@pytest.mark.parametrize("play", [parted, late_takeover, late_expand, late_reports])
+def test_what_shows_a_weakened_rule_soon_shows_nothing_else(play: Any, rng: random.Random) -> None:
+    for _ in range(10):
+        play(rng)
 
 
 def test_a_handoff_that_comes_late_at_the_worst_moment_makes_no_second_primary(rng: random.Random) -> None:

@@ -59,7 +59,13 @@ def make_core(**state: Any) -> Any:
     return Core(
         name="alpha",
         peer=SimpleNamespace(name="beta"),
-        config=SimpleNamespace(name="shop", mode="sync", witness=SimpleNamespace(address=UnixAddress("/nowhere"))),
+        config=SimpleNamespace(
+            name="shop",
+            mode="sync",
+            failback="manual",
+            max_role_changes_per_hour=3,
+            witness=SimpleNamespace(address=UnixAddress("/nowhere")),
+        ),
         open=SimpleNamespace(
             value=file, learned=lambda **_: None, raise_epoch_floor=lambda _: None, met=lambda _: None, volumes=[]
         ),

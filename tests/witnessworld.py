@@ -25,6 +25,7 @@ import msgspec
 
 from mirrorpair import roles
 from mirrorpair.arbiter import Register, Versioned, Writer, check_successor
+from mirrorpair.handoff import obstacle
 from mirrorpair.proofs import Life, Lives
 from mirrorpair.rolewords import (
     ACQUISITIONS,
@@ -623,13 +624,19 @@ class World:
                 return
         raise AssertionError("I8: they do not come together\n" + "\n".join(self.trace[-80:]))
 
+    def ready(self) -> Machine:
+        """Goes on until all is well, and the primary could hand over; the primary."""
+        while True:
+            self.heal(6000)
+            old = next(one for one in self.machines if one.state.role == "primary")
+            if obstacle(old.state) is None and not any(one.inbox or one.attempts for one in self.machines):
+                return old
+            self.run(1)
+
     def worst_handoff(self) -> None:
         """The role is given away by a swap that comes late, when the two hear nothing of each other any more, and the
         old primary nothing of the witness either; then the new one answers writes alone. All else goes well."""
-        self.heal(6000)
-        old = next(one for one in self.machines if one.state.role == "primary")
-        new = old.other
-        self.work_off(old)
+        old = self.ready()
         self.beat(old)
         old.step(Handoff())
         self.work_off(old)
@@ -642,6 +649,84 @@ class World:
         old.look = True
         old.ask()
         self.work_off(old)
+        self.end_apart(old)
+
+    def worst_takeover(self) -> None:
+        """The standby takes over by a swap that comes late; before that the two meet again, and lose each other."""
+        old = self.ready()
+        new = old.other
+        self.beat(old)
+        self.way[old.name] = False
+        self.cut_wire("cut")
+        self.now += 2 * PROMISE
+        self.work_off(old)
+        self.work_off(new)
+        self.faults, self.fates, self.attempts = True, [0, 0, 0, 1], 1
+        new.step(Tick())
+        new.ask()
+        new.ask()
+        self.faults = False
+        self.work_off(new)
+        self.join_wire()
+        for machine in self.machines:
+            self.work_off(machine)
+        self.beat(old)
+        self.end_apart(old)
+
+    def worst_expand(self) -> None:
+        """The standby is taken into the set again by a swap that comes late; before that the two lose each other once
+        more, and the primary the witness. Then the standby takes over."""
+        old = self.ready()
+        new = old.other
+        self.cut_wire("cut")
+        self.work_off(old)
+        self.work_off(new)
+        self.now += 2 * SUSPECT
+        old.step(Tick())
+        old.ask()
+        self.work_off(old)
+        assert old.state.phase is Phase.ALONE
+        self.write_alone(old)
+        self.join_wire()
+        for step in (self.join_link, self.resync):
+            for machine in self.machines:
+                self.work_off(machine)
+                machine.look = True
+                machine.ask()
+                self.work_off(machine)
+            step()
+        self.work_off(old)
+        self.work_off(new)
+        self.faults, self.fates, self.attempts = True, [0, 0, 0, 1], 1
+        old.ask()
+        old.ask()
+        self.faults = False
+        self.work_off(old)
+        self.way[old.name] = False
+        self.cut_wire("cut")
+        self.write_alone(old)
+        assert self.witness.cas(*self.witness.late.pop(), late=True)
+        self.now += 2 * PROMISE
+        for _ in range(200):
+            self.work_off(new)
+            new.step(Tick())
+            new.look = True
+            new.ask()
+            self.write()
+            self.now += S // 50
+            self.check()
+        assert new.acknowledges(), "the standby does not take over"
+
+    def write_alone(self, machine: Machine) -> None:
+        for _ in range(5):
+            self.work_off(machine)
+            self.write()
+            self.check()
+
+    def end_apart(self, old: Machine) -> None:
+        """The late swap lands when the old primary hears neither the new one nor the witness any more; the new one
+        serves alone."""
+        new = old.other
         self.cut_wire("cut")
         self.way[old.name] = False
         assert self.witness.cas(*self.witness.late.pop(), late=True)
