@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 BOTH = ("alpha", "beta")
 
 
-def simulate(rng: random.Random, **traits: object) -> World:
+def simulate(rng: random.Random, *, sentinels: bool = False, **traits: object) -> World:
     """`traits`: what the world's own dice have chosen otherwise."""
-    world = World(rng)
+    world = World(rng, sentinels=sentinels)
     for name, value in traits.items():
         assert hasattr(world, name)
         setattr(world, name, value)
@@ -70,12 +70,17 @@ def test_no_acknowledged_write_is_lost_and_nobody_acknowledges_beside_another(rn
     worlds = [simulate(rng) for _ in range(60)]
     assert sum(len(world.acked) for world in worlds) > 1000
     assert sum(world.acquisitions for world in worlds) > 150
-    assert sum(world.released for world in worlds) > 20
+
+
+def test_nor_with_sentinels_whose_reports_come_at_once_late_repeatedly_or_never(rng: random.Random) -> None:
+    worlds = [simulate(rng, sentinels=True) for _ in range(40)]
+    assert sum(len(world.acked) for world in worlds) > 500
+    assert sum(world.released for world in worlds) > 10
 
 
 def late_reports(rng: random.Random) -> World:
     """Kills whose proofs come when both are in sync again and have just lost each other: then they are dangerous."""
-    world = World(rng)
+    world = World(rng, sentinels=True)
     for _ in range(4):
         world.heal(6000)
         world.kill(next(machine for machine in world.machines if machine.state.role == "primary"))

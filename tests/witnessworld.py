@@ -314,8 +314,11 @@ class Machine:
 
 
 class World:
-    def __init__(self, rng: random.Random) -> None:
+    """`sentinels`: there are some, so that crashes may be proven."""
+
+    def __init__(self, rng: random.Random, *, sentinels: bool = False) -> None:
         self.rng = rng
+        self.sentinels = sentinels
         self.now = 0
         self.faults = True
         self.wire = self.link = False
@@ -534,7 +537,9 @@ class World:
         }
         if self.faults:
             faults = {"late": 3, "cut": 1, "unlink": 1, "crash": 0.7, "power": 0.3, "person": 1, "pause": 0.3}
-            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2, "proof": 2}
+            faults |= {"witness": 0.6, "way": 0.8, "sleep": 1, "flush": 2}
+            if self.sentinels:
+                faults["proof"] = 4
             kinds |= {fault: weight * self.storm for fault, weight in faults.items()}
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "event" and machine.up and machine.inbox:
@@ -566,9 +571,12 @@ class World:
         elif kind == "unlink":
             self.cut_link("flap")
         elif kind == "crash":
-            self.kill(machine)
-            if rng.random() < 0.3:
-                self.prove()
+            if not self.sentinels:
+                self.crash(machine)
+            else:
+                self.kill(machine)
+                if rng.random() < 0.3:
+                    self.prove()
         elif kind == "proof":
             self.prove()
         elif kind == "power":
