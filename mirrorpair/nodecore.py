@@ -501,7 +501,9 @@ class Core:
             self.step(CaughtUp())
             if link.source:
                 self.equal_in = link.control
-                self.step(Synced())
+                hello = link.control.hello
+                known = self.witness is None or hello is None or self.witness.knows(hello.incarnation)
+                self.step(Synced(known))
 
         self.post(settle)
 

@@ -96,6 +96,8 @@ class WitnessSide:
         self._trouble: type | None = None
         self.known = (0, 0)
         """epoch and version of the record that the state is made of; version 0: none was read yet"""
+        self._members: dict[str, Incarnation] = {}
+        """of that record"""
         self._wanted = asyncio.Event()
         self._one = asyncio.Lock()
 
@@ -112,6 +114,10 @@ class WitnessSide:
         """What the peer has seen."""
         if (epoch, version) > self.known:
             self.look_now()
+
+    def knows(self, incarnation: Incarnation) -> bool:
+        """A8: whether the record has the peer by this incarnation, or has it not at all."""
+        return self._members.get(self._core.peer.name, incarnation) == incarnation
 
     async def look(self) -> None:
         while True:
@@ -174,6 +180,7 @@ class WitnessSide:
             self._core.failed.set()
             raise
         self.known = (epoch, version)
+        self._members = record.register.members
 
     # --- changing
 

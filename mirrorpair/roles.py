@@ -361,8 +361,9 @@ def _waiting_for_the_dead(state: State, event: Event, now: int) -> Step:
     return done._replace(sentence=f"{event.why}: {done.sentence}")
 
 
-def _synced(state: State, _event: Event, _now: int) -> Step:
-    return expand(change(state, crashed=False, boot_lost=False, equal=True))
+def _synced(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, Synced)
+    return expand(change(state, crashed=False, boot_lost=False, equal=True), anew=not event.known)
 
 
 def _caught_up(state: State, _event: Event, _now: int) -> Step:

@@ -97,12 +97,13 @@ def watch(state: State, at_ns: int) -> State:
     return change(state, deadline_ns=None if state.peer_up and state.peer_role == "primary" else at_ns)
 
 
-def expand(state: State) -> Step:
-    """Takes a linked, equal peer into the set, if this is the time for it."""
+def expand(state: State, *, anew: bool = False) -> Step:
+    """Takes a linked, equal peer into the set, if this is the time for it. `anew`: who is in it by that name is another
+    one, whom this one has replaced (A8)."""
     both = tuple(sorted((state.me, state.peer)))
     if not state.equal or state.expanding == "asked":
         return stay(state)
-    if state.in_sync == both and state.expanding == "no":
+    if state.in_sync == both and state.expanding == "no" and not anew:
         return stay(state)  # (one of which nothing is known is asked for again, whatever the record says: A0)
     # Without a primary the link's source does it; where there is one, the set is the primary's alone.
     if state.phase is not Phase.PAIRED and (state.phase is not Phase.SECONDARY or state.peer_role == "primary"):

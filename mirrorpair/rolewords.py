@@ -217,7 +217,10 @@ class LinkLost(msgspec.Struct, frozen=True):
 
 
 class Synced(msgspec.Struct, frozen=True):
-    """Every volume of the peer is durably equal to ours (R1), told at the link's source end."""
+    """Every volume of the peer is durably equal to ours (R1), told at the link's source end. `known`: the register
+    has this one by its name (A8)."""
+
+    known: bool = True
 
 
 class CaughtUp(msgspec.Struct, frozen=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mirrorpair import roles
 from mirrorpair.address import UnixAddress
 from mirrorpair.arbiter import Incarnation, Register, Versioned
 from mirrorpair.arbiter import Swap as Result
@@ -16,7 +17,7 @@ from mirrorpair.noderegister import WitnessSide
 from mirrorpair.pairing import Agreement
 from mirrorpair.peerdata import Stopped
 from mirrorpair.peermessages import Plan, VolumePlan
-from mirrorpair.rolewords import State, Swap, Swapped
+from mirrorpair.rolewords import Phase, State, Swap, Swapped, Synced
 
 OLD, NEW, OWN = (Incarnation(id=one * 32, n=0) for one in "abc")
 BOTH = ("alpha", "beta")
@@ -92,6 +93,25 @@ def test_who_was_found_equal_enters_the_set() -> None:
     assert event.ok
     assert register.in_sync == BOTH
     assert register.members == {"alpha": OWN, "beta": OLD}
+
+
+def test_a_replacement_that_was_found_equal_enters_in_the_place_of_who_is_in_the_set_by_its_name() -> None:
+    core = make_core(epoch=7, primary="alpha", in_sync=BOTH, phase=Phase.PAIRED, linked=True)
+    side = WitnessSide(core)
+    side._register = kept = Kept()  # type: ignore[assignment]
+    kept.record = Versioned(
+        version=3, register=Register(epoch=7, primary="alpha", in_sync=BOTH, members={"alpha": OWN, "beta": OLD})
+    )
+    asyncio.run(side._take(kept.record))
+    assert side.knows(OLD)
+    assert not side.knows(NEW)
+    assert roles.step(core.state, Synced(known=True), 0).actions == ()
+    (action,) = roles.step(core.state, Synced(known=False), 0).actions
+    assert action == Swap("expand", 7, "alpha", BOTH, needs_peer=True)
+    core.equal_in = core.peer_link.control = session(NEW)
+    asyncio.run(side.swap(action))
+    assert kept.record.register.members["beta"] == NEW
+    assert side.knows(NEW)
 
 
 @pytest.mark.parametrize("connected", [NEW, OLD, None])

@@ -184,9 +184,12 @@ inline lose_link(x) {
   if :: ph[x] == PAIRED -> if :: PIS(x) -> ph[x] = WAITING :: else -> ph[x] = ALONE fi
      :: else fi }
 
+/* The peer is in the set, and it is the one that the register knows by its name (A8). */
+#define LISTED (pin[i] && rk[j] == inc[j])
+
 /* What follows a step: an equal peer enters the set; who is alone beside a member takes it out (A1). */
 inline settle() {
-  if :: ph[i] == PAIRED && eq[i] && !pin[i] && exq[i] != 1 && !qx[i] ->
+  if :: ph[i] == PAIRED && eq[i] && !LISTED && exq[i] != 1 && !qx[i] ->
         exq[i] = (exq[i] == 0 -> 1 : 2); qx[i] = SAME_LIFE(eq[i])
      :: ph[i] == ALONE && PIS(i) -> ph[i] = SHRINK; qs[i] = 1
      :: else fi }
@@ -220,14 +223,16 @@ inline learn() {
   fi;
   FLOORED(ep[i]) }
 
-inline keep_late(e, p, a, b, h) {
+inline keep_late(e, p, a, b, h, enters) {
   lt[i] = 1; le[i] = e; lp[i] = p; li0[i] = a; li1[i] = b; lh[i] = h;
-  lk0[i] = (i == 0 || a -> inc[0] : rk[0]); lk1[i] = (i == 1 || b -> inc[1] : rk[1]) }
+  lk0[i] = (i == 0 || (a && !ri[0]) || enters -> inc[0] : rk[0]);
+  lk1[i] = (i == 1 || (b && !ri[1]) || enters -> inc[1] : rk[1]) }
 
-inline write_record(e, p, a, b, h) {
+inline write_record(e, p, a, b, h, enters) {
   no_late(0); no_late(1);
   re = e; rp = p;
-  rk[0] = (i == 0 || (a && !ri[0]) -> inc[0] : rk[0]); rk[1] = (i == 1 || (b && !ri[1]) -> inc[1] : rk[1]);
+  rk[0] = (i == 0 || (a && !ri[0]) || enters -> inc[0] : rk[0]);
+  rk[1] = (i == 1 || (b && !ri[1]) || enters -> inc[1] : rk[1]);
   ri[0] = a; ri[1] = b; rh = h }
 
 #define ONLY_ME_0 (i == 0)
@@ -343,7 +348,7 @@ end:
        rel = EQUAL; bl[0] = 0; bl[1] = 0; cr[0] = 0; cr[1] = 0; eq[i] = 1;
        settle() }
   /* An expand that failed is asked for again. */
-  :: d_step { up[i] && ph[i] == PAIRED && eq[i] && !pin[i] && exq[i] != 1 && !qx[i] -> settle() }
+  :: d_step { up[i] && ph[i] == PAIRED && eq[i] && !LISTED && exq[i] != 1 && !qx[i] -> settle() }
 
   /* The register is looked at. */
   :: d_step { up[i] && (!kn[i] || re != ep[i] || pin[i] != ri[j] || (rp != i && PRIMARY(i))) -> learn() }
@@ -354,26 +359,26 @@ end:
        if :: re != ep[i] || rp != i -> learn() :: else fi }
   :: d_step { up[i] && qx[i] == 1 -> qx[i] = 0; exq[i] = (exq[i] == 2 -> 2 : 0) }          /* it was not sent */
   :: d_step { up[i] && qx[i] == 1 && re == ep[i] && rp == i ->
-       FLOORED(re); qx[i] = 0; write_record(re, rp, 1, 1, rh); exq[i] = 0; pin[i] = 1; settle() }
+       FLOORED(re); qx[i] = 0; write_record(re, rp, 1, 1, rh, 1); exq[i] = 0; pin[i] = 1; settle() }
   :: d_step { up[i] && qx[i] == 1 && re == ep[i] && rp == i && MISSED ->
-       FLOORED(re); qx[i] = 0; nl++; write_record(re, rp, 1, 1, rh); exq[i] = UNKNOWN(0) }
+       FLOORED(re); qx[i] = 0; nl++; write_record(re, rp, 1, 1, rh, 1); exq[i] = UNKNOWN(0) }
   :: d_step { up[i] && qx[i] == 1 && re == ep[i] && rp == i && DELAYED ->
-       FLOORED(re); qx[i] = 0; nl++; keep_late(re, rp, 1, 1, rh); exq[i] = UNKNOWN(0) }
+       FLOORED(re); qx[i] = 0; nl++; keep_late(re, rp, 1, 1, rh, 1); exq[i] = UNKNOWN(0) }
 
   /* Shrink (A1, A0). */
   :: d_step { up[i] && qs[i] && (re != ep[i] || rp != i) -> qs[i] = 0; ph[i] = WAITING; learn() }
   :: d_step { up[i] && qs[i] && !qx[i] -> qs[i] = 0;                                      /* it was not sent */
        if :: lnk[i] -> ph[i] = PAIRED :: else -> ph[i] = WAITING fi }
   :: d_step { up[i] && qs[i] && !qx[i] && re == ep[i] && rp == i ->
-       FLOORED(re); qs[i] = 0; write_record(re, i, ONLY_ME_0, ONLY_ME_1, 0); pin[i] = 0; exq[i] = 0;
+       FLOORED(re); qs[i] = 0; write_record(re, i, ONLY_ME_0, ONLY_ME_1, 0, 0); pin[i] = 0; exq[i] = 0;
        if :: lnk[i] -> ph[i] = PAIRED :: else -> ph[i] = ALONE fi; settle() }
 #define SHRUNK_UNKNOWN \
        exq[i] = UNKNOWN(exq[i]); pin[i] = (exq[i] == 2 -> 0 : pin[i]); \
        if :: lnk[i] -> ph[i] = PAIRED :: else -> ph[i] = WAITING fi; settle()
   :: d_step { up[i] && qs[i] && !qx[i] && re == ep[i] && rp == i && MISSED ->
-       FLOORED(re); qs[i] = 0; nl++; write_record(re, i, ONLY_ME_0, ONLY_ME_1, 0); SHRUNK_UNKNOWN }
+       FLOORED(re); qs[i] = 0; nl++; write_record(re, i, ONLY_ME_0, ONLY_ME_1, 0, 0); SHRUNK_UNKNOWN }
   :: d_step { up[i] && qs[i] && !qx[i] && re == ep[i] && rp == i && DELAYED ->
-       FLOORED(re); qs[i] = 0; nl++; keep_late(re, i, ONLY_ME_0, ONLY_ME_1, 0); SHRUNK_UNKNOWN }
+       FLOORED(re); qs[i] = 0; nl++; keep_late(re, i, ONLY_ME_0, ONLY_ME_1, 0, 0); SHRUNK_UNKNOWN }
 
   /* Takeover (A3, A11), and taking one's own role back (A4). */
   :: d_step { up[i] && ph[i] == SEC && kn[i] && rp == j && ep[i] < E && !LOST(i) ->
@@ -392,25 +397,25 @@ end:
   :: d_step { up[i] && ph[i] == ACQ && !got[i] && snd[i] && MAY_ACQUIRE -> got[i] = 1 }
 #define SENT up[i] && ph[i] == ACQ && got[i]
   :: d_step { SENT -> FLOORED(ask[i]); DURABLE(i); ONLY_LOST;
-       write_record(ask[i], i, ONE_OF(0), ONE_OF(1), 0); acquired() }
+       write_record(ask[i], i, ONE_OF(0), ONE_OF(1), 0, 0); acquired() }
   :: d_step { SENT && MISSED -> FLOORED(ask[i]); DURABLE(i); ONLY_LOST; nl++;
-       write_record(ask[i], i, ONE_OF(0), ONE_OF(1), 0); own[i] = 1 }
+       write_record(ask[i], i, ONE_OF(0), ONE_OF(1), 0, 0); own[i] = 1 }
   :: d_step { SENT && DELAYED -> FLOORED(ask[i]); DURABLE(i); ONLY_LOST; nl++;
-       keep_late(ask[i], i, ONE_OF(0), ONE_OF(1), 0); got[i] = 0; own[i] = 1 }
+       keep_late(ask[i], i, ONE_OF(0), ONE_OF(1), 0, 0); got[i] = 0; own[i] = 1 }
   /* The next attempt finds what the last one wrote, and follows it (A0). */
   :: d_step { up[i] && ph[i] == ACQ && OWN ->
-       write_record(ask[i], i, ONE_OF(0), ONE_OF(1), 0); acquired() }
+       write_record(ask[i], i, ONE_OF(0), ONE_OF(1), 0, 0); acquired() }
 
   /* A13: above what the peer has asked for no late attempt of it can land. */
   :: d_step { up[i] && up[j] && PRIMARY(i) && !qr[i] && fl[j] > ep[i] && fl[j] < E -> qr[i] = fl[j] + 1 }
   :: d_step { up[i] && qr[i] && (rp != i || re >= qr[i]) -> qr[i] = 0; learn() }
   :: d_step { up[i] && qr[i] -> qr[i] = 0 }                                               /* it was not sent */
   :: d_step { up[i] && qr[i] && rp == i && re < qr[i] ->
-       FLOORED(qr[i]); write_record(qr[i], i, ri[0], ri[1], rh); exq[i] = 0; learn() }
+       FLOORED(qr[i]); write_record(qr[i], i, ri[0], ri[1], rh, 0); exq[i] = 0; learn() }
   :: d_step { up[i] && qr[i] && rp == i && re < qr[i] && MISSED ->
-       FLOORED(qr[i]); nl++; write_record(qr[i], i, ri[0], ri[1], rh); qr[i] = 0 }
+       FLOORED(qr[i]); nl++; write_record(qr[i], i, ri[0], ri[1], rh, 0); qr[i] = 0 }
   :: d_step { up[i] && qr[i] && rp == i && re < qr[i] && DELAYED ->
-       FLOORED(qr[i]); nl++; keep_late(qr[i], i, ri[0], ri[1], rh); qr[i] = 0 }
+       FLOORED(qr[i]); nl++; keep_late(qr[i], i, ri[0], ri[1], rh, 0); qr[i] = 0 }
 
   /* A late swap lands: nobody has changed the register since it was sent. */
   :: d_step { lt[i] ->
@@ -441,15 +446,15 @@ end:
 #endif
        ph[i] = HAND; no_queue() }
   :: d_step { up[i] && ph[i] == HAND && MAY_HAND ->
-       FLOORED(re + 1); write_record(re + 1, j, 1, 1, 1); learn() }
+       FLOORED(re + 1); write_record(re + 1, j, 1, 1, 1, 0); learn() }
   :: d_step { up[i] && ph[i] == HAND && MAY_HAND && MISSED ->
-       FLOORED(re + 1); nl++; write_record(re + 1, j, 1, 1, 1) }
+       FLOORED(re + 1); nl++; write_record(re + 1, j, 1, 1, 1, 0) }
   :: d_step { up[i] && ph[i] == HAND && MAY_HAND && DELAYED ->
-       FLOORED(re + 1); nl++; keep_late(re + 1, j, 1, 1, 1) }
+       FLOORED(re + 1); nl++; keep_late(re + 1, j, 1, 1, 1, 0) }
   /* It goes on here: only after a swap that says that the other one cannot land any more (A0). */
   :: d_step { up[i] && ph[i] == HAND && re == ep[i] && rp == i ->
 #ifndef WEAK_H_READ
-       write_record(re, i, ri[0], ri[1], 0);
+       write_record(re, i, ri[0], ri[1], 0, 0);
 #endif
        ph[i] = WAITING; pin[i] = ri[j]; exq[i] = 0 }
   /* The receiver accepts, by a swap at that epoch. Its promise to who handed the role over is void (A11). */
@@ -457,9 +462,9 @@ end:
 #ifdef WEAK_H_ACCEPT
   :: d_step { MAY_ACCEPT -> both[i] = 1; acquired() }
 #else
-  :: d_step { MAY_ACCEPT -> DURABLE(i); write_record(re, i, ri[0], ri[1], 0); acquired() }
-  :: d_step { MAY_ACCEPT && MISSED -> DURABLE(i); nl++; write_record(re, i, ri[0], ri[1], 0) }
-  :: d_step { MAY_ACCEPT && DELAYED -> DURABLE(i); nl++; keep_late(re, i, ri[0], ri[1], 0) }
+  :: d_step { MAY_ACCEPT -> DURABLE(i); write_record(re, i, ri[0], ri[1], 0, 0); acquired() }
+  :: d_step { MAY_ACCEPT && MISSED -> DURABLE(i); nl++; write_record(re, i, ri[0], ri[1], 0, 0) }
+  :: d_step { MAY_ACCEPT && DELAYED -> DURABLE(i); nl++; keep_late(re, i, ri[0], ri[1], 0, 0) }
 #endif
 #endif
 
