@@ -10,6 +10,7 @@ Measured on two busy cores:
 | replies  | 832 k   | 3.2 s | 130 MiB | 1 write, 1 crash, epochs to 4, 1 unknown outcome             |
 | power    | 1,106 k | 7.1 s | 160 MiB | 1 write, 2 crashes, epochs to 3                              |
 | blank    | 995 k   | 4.4 s | 150 MiB | 1 write, 1 crash, epochs to 3, 1 unknown outcome             |
+| handover | 1,227 k | 5 s   | 180 MiB | 1 write, 1 crash, epochs to 4, 1 unknown outcome             |
 | handoff  | 828 k   | 3.9 s | 130 MiB | 1 write, 1 crash, epochs to 3, 1 unknown outcome             |
 
 A longer campaign, with larger bounds: tests/model/campaign.py.
@@ -51,6 +52,7 @@ MODELS = {
     "power": Model(1_000_000, ("A4_BOOT", "A7", "A16"), ("BACK",)),
     "blank": Model(900_000, ("A8", "A8_LIFE"), ("BLANK",)),
     "handoff": Model(750_000, ("H_SERVES", "H_READ", "H_ACCEPT", "H_MEMBER"), ("HANDED",)),
+    "handover": Model(1_100_000, ("H_SERVES", "H_READ")),
 }
 SHALLOW = 150
 """steps: deep enough for each weakened rule"""

@@ -259,6 +259,12 @@ inline acquired() {
 
 /* A3, A4, A8, A11: what the register and this node's own promise say against an acquisition (swaprules.py). */
 #define MAY_ACQUIRE (re < ask[i] && MEMBER(i) && KNOWN(i) && !(LOST(i) && ri[j]) && (rp == i || !BOUND(i)))
+/* handoff.py: who was handed the role acquires it like one that takes its own back, by yet another epoch. */
+#ifdef BY_READOPTION
+#define NAMED true
+#else
+#define NAMED (!rh)
+#endif
 #define OWN (own[i] && re == ask[i] && rp == i)
 #define ONE_OF(x) ((i == x) || both[i])
 
@@ -383,7 +389,7 @@ end:
   /* Takeover (A3, A11), and taking one's own role back (A4). */
   :: d_step { up[i] && ph[i] == SEC && kn[i] && rp == j && ep[i] < E && !LOST(i) ->
        ph[i] = ACQ; ask[i] = ep[i] + 1; both[i] = 0; unlink(i) }
-  :: d_step { up[i] && ph[i] == SEC && kn[i] && rp == i && !rh && ep[i] < E && !(LOST(i) && pin[i]) ->
+  :: d_step { up[i] && ph[i] == SEC && kn[i] && rp == i && NAMED && ep[i] < E && !(LOST(i) && pin[i]) ->
        ph[i] = ACQ; ask[i] = ep[i] + 1; unlink(i);
 #ifdef WEAK_A4_CRASHED
        both[i] = pin[i]
@@ -458,7 +464,7 @@ end:
 #endif
        ph[i] = WAITING; pin[i] = ri[j]; exq[i] = 0 }
   /* The receiver accepts, by a swap at that epoch. Its promise to who handed the role over is void (A11). */
-#define MAY_ACCEPT (up[i] && ph[i] == SEC && kn[i] && rp == i && rh && MEMBER(i) && KNOWN(i) && !LOST(i) && H_SOUND)
+#define MAY_ACCEPT (!NAMED && up[i] && ph[i] == SEC && kn[i] && rp == i && rh && MEMBER(i) && KNOWN(i) && !LOST(i) && H_SOUND)
 #ifdef WEAK_H_ACCEPT
   :: d_step { MAY_ACCEPT -> both[i] = 1; acquired() }
 #else
