@@ -33,6 +33,7 @@ from mirrorpair.control import (
     DemoteRequest,
     Done,
     EventsRequest,
+    ExplainRequest,
     Failure,
     PauseRequest,
     PlanRequest,
@@ -54,6 +55,8 @@ from mirrorpair.units import format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+
+    from mirrorpair.explain import Explanation
 
 _LOG = logging.getLogger("mirrorpair.admin")
 _ENCODER = msgspec.json.Encoder()
@@ -85,6 +88,9 @@ class NodeApi(Protocol):
     async def switchover(self, to: str | None, *, dry_run: bool) -> str:
         """Makes `to` (None: the node that is not) primary in the place of the other one, without a loss and without a
         resync; returns when it serves. No effect, and says so, if it is primary. One sentence. `dry_run` as above."""
+
+    async def explain(self) -> Explanation:
+        """Which rule allows or forbids that this node becomes primary, now."""
 
     async def pause(self, *, paused: bool) -> str:
         """A19: forbids, or allows again, changes of the primary that nobody asked for. One sentence."""
@@ -257,6 +263,8 @@ class AdminServer:
         match request:
             case StatusRequest():
                 return await node.status()
+            case ExplainRequest():
+                return await node.explain()
             case EventsRequest():
                 return await node.events(request.since)
             case PlanRequest():

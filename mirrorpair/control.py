@@ -31,6 +31,7 @@ from mirrorpair.errors import (
     PeerTimeoutError,
     UnreachableError,
 )
+from mirrorpair.explain import Explanation
 from mirrorpair.history import Amount  # noqa: TC001 - msgspec reads it at run time
 from mirrorpair.jsontypes import decoder
 from mirrorpair.status import Condition, Event, Status, Volume
@@ -111,6 +112,10 @@ class SwitchoverRequest(_Request, frozen=True, kw_only=True, tag="switchover"):
     dry_run: bool = False
 
 
+class ExplainRequest(_Request, frozen=True, kw_only=True, tag="explain"):
+    pass
+
+
 class PauseRequest(_Request, frozen=True, kw_only=True, tag="pause"):
     """`paused` False: the end of a pause, and of a latch."""
 
@@ -145,6 +150,7 @@ Request = (
     | DemoteRequest
     | SwitchoverRequest
     | PauseRequest
+    | ExplainRequest
     | PlanRequest
     | ResyncRequest
     | WaitRequest
@@ -233,6 +239,9 @@ class AdminClient:
     def switchover(self, to: str | None = None, *, dry_run: bool = False) -> Done:
         """May be asked of either node."""
         return self._call(SwitchoverRequest(to=to, dry_run=dry_run), Done)
+
+    def explain(self) -> Explanation:
+        return self._call(ExplainRequest(), Explanation)
 
     def pause(self, *, paused: bool) -> Done:
         return self._call(PauseRequest(paused=paused), Done)

@@ -230,7 +230,8 @@ class Node:
         if self._core.stopping.is_set():
             return f"{self._core.name} is stopping"
         if state.role == "primary":
-            return f"{self._core.name} gives the primary role up" if state.draining else None
+            away = state.draining or state.handing in ("asked", "unknown")
+            return f"{self._core.name} gives the primary role up" if away else None
         if state.peer_role == "primary":
             return f"{self._core.name} is secondary: {self._core.peer.name} is primary"
         return f"{self._core.name} is secondary, and nobody is known to be primary"

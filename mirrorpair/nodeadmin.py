@@ -27,6 +27,7 @@ from mirrorpair.errors import (
     WrongRoleError,
     error_of,
 )
+from mirrorpair.explain import Explanation, explain
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.nodecore import SERVING_S, Core
 from mirrorpair.peermessages import HandoffAsk
@@ -100,11 +101,10 @@ class AdminSide:
         return f" (known to differ now: {shown})" if shown else ""
 
     async def _next_beat(self) -> None:
-        """Until the peer has said something newer; not longer than two of its beats take."""
-        seen = self._core.peer_beat
+        """Until the peer has said that it is not primary; not longer than two of its beats take."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * self._core.config.heartbeat.interval):
-                while self._core.peer_beat is seen:
+                while self._core.state.peer_role == "primary":
                     await self._core.change()
 
     async def demote(self, *, dry_run: bool) -> str:
@@ -170,6 +170,18 @@ class AdminSide:
         if not holds(core.view.status(), "primary"):
             return f"{peer} has given the role to {me}, which does not serve yet: see `mirrorpair status`"
         return f"{me} is primary, of epoch {core.state.epoch}; {peer} is secondary"
+
+    async def explain(self) -> Explanation:
+        core = self._core
+        witness = core.witness
+        member = None if witness is None else witness.members.get(core.name)
+        return explain(
+            core.state,
+            self._promotion(accept_data_loss=False, force=False),
+            clock_boottime_ns(),
+            witness=None if witness is None else witness.reachable,
+            known=member is None or member == core.incarnation(),
+        )
 
     async def pause(self, *, paused: bool) -> str:
         witness = self._core.witness

@@ -98,6 +98,8 @@ class WitnessSide:
         """epoch and version of the record that the state is made of; version 0: none was read yet"""
         self._members: dict[str, Incarnation] = {}
         """of that record"""
+        self.members: dict[str, Incarnation] = {}
+        """of that record"""
         self._wanted = asyncio.Event()
         self._one = asyncio.Lock()
 
@@ -180,6 +182,7 @@ class WitnessSide:
             self._core.failed.set()
             raise
         self.known = (epoch, version)
+        self.members = record.register.members
         self._members = record.register.members
 
     # --- changing

@@ -177,13 +177,15 @@ class NodeView:
     def _serving(self) -> Serving:
         mode = roles.mode_of(self._node.state)
         if mode is Mode.NONE:
-            return "no"
+            return "held" if self._node.state.role == "primary" else "no"
         if mode is Mode.PEER:
             return "mirrored" if self._node.state.phase is Phase.PAIRED else "held"
         return "alone"
 
     def _held(self) -> str | None:
         state = self._node.state
+        if state.handing in ("asked", "unknown"):
+            return f"{state.me} has given the role to {state.peer}, and does not know yet whether the register has it"
         if state.phase is Phase.FROZEN:
             return f'{state.peer} is silent, and with survivor = "secondary" it may have taken over'
         if state.phase in (Phase.WAITING, Phase.SHRINKING):

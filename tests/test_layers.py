@@ -27,6 +27,7 @@ PURE_ROWS = [
     ["handoff"],
     ["roles"],
     ["foresee"],
+    ["explain"],
 ]
 ROWS = [
     *PURE_ROWS,

@@ -30,6 +30,7 @@ COMMANDS = {
     "failback": "Give the primary role back to the preferred node.",
     "pause": "No failover and no failback by itself.",
     "resume": "The end of a pause.",
+    "explain": "Which rule lets this node become primary now, or does not.",
     "events": "What has changed, and why.",
     "resync": "Make one image equal to another by writing only what differs.",
     "meta": "Show or check this node's metadata.",

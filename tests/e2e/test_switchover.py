@@ -233,6 +233,25 @@ def test_f16_too_many_changes_latch_the_failback_until_a_person_says_resume(make
     pair.alpha.wait("primary")
 
 
+def test_explain_names_the_rule_that_stands_in_the_way(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair(arbiter="witness", promise="60s")
+    pair.up()
+    told = pair.alpha.command("explain").stdout
+    assert told.startswith("alpha is primary already")
+    told = json.loads(pair.beta.command("explain", "--json").stdout)
+    assert (told["schema"], told["promotable"], told["by_itself"]) == ("mirrorpair.explain/1", False, True)
+    assert [one["rule"] for one in told["findings"] if not one["allows"]] == ["A4 one primary", "A11"]
+    pair.beta.command("pause")
+    pair.alpha.freeze()
+    pair.beta.wait("secondary")
+    until(pair.beta, lambda: "  no  A19 pause" in pair.beta.command("explain").stdout)
+    until(pair.beta, lambda: "  ok  A4 one primary" in pair.beta.command("explain").stdout)
+    told = pair.beta.command("explain").stdout
+    assert told.startswith("beta would not become primary: beta has promised alpha not to take over for another ")
+    assert "  ok  A3 in sync      beta has every acknowledged write: in sync are alpha and beta" in told
+    pair.alpha.signal(signal.SIGCONT)
+
+
 def test_a19_a_paused_pair_changes_its_primary_only_when_a_person_asks(pair: Pair, model: Model) -> None:
     pair.up()
     serve(pair.alpha, model)
