@@ -278,6 +278,7 @@ void one_events(one_node *n)
             n->flushed_error = e->b;
             break;
         case MP_EVENT_CLIENTS_CLOSED:
+        case MP_EVENT_CLIENTS_QUIET:
         case MP_EVENT_SAVED: break;
         case MP_EVENT_DISK_ERROR:
         case MP_EVENT_JOURNAL_ERROR: FUZZ_NEED(!"a disk failed"); break;
