@@ -12,7 +12,7 @@ Rules:
 - A step waits for what it needs, not for a time; HANG_S is reached by a hang alone, and is a failure. So is a process
   or a client that ended by itself.
 - A problem that leaves the pair usable is noted and the demo goes on: one run shows all that is wrong.
-- Negative control: a write that was announced after beta's and the witness's processes were reaped can be on one node
+- Negative control: a write that was announced after the witness's and beta's processes were reaped can be on one node
   only. Whether one of those is acknowledged is therefore a question without a time in it. It is looked at for WATCH_S
   after alpha found out that it can ask nobody, so that one who goes on alone after all is seen doing it.
 - The images are compared when no daemon has them open any more.
@@ -322,13 +322,15 @@ class Demo:
             self.tell("verify", f"read back from alpha: all {self._count()} acknowledged writes are there")
 
     def cut(self) -> None:
+        """The witness first: beta's sentinel proves its death at once, and alpha, which could still ask, would rightly
+        go on alone."""
         pids = self.stage.pids()
-        self.stage.beta.kill()
         self.stage.witness.kill()
+        self.stage.beta.kill()
         self.journal.mark()
         self.tell(
             "cut",
-            f"negative control: kill -9 of beta (pid {pids['beta']}) and of the witness (pid {pids['witness']}), "
+            f"negative control: kill -9 of the witness (pid {pids['witness']}) and of beta (pid {pids['beta']}), "
             "while clients write to alpha",
         )
 
