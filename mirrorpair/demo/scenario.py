@@ -34,6 +34,7 @@ from mirrorpair.demo.report import ResultLine, StepLine, StepName, Teller
 from mirrorpair.demo.writer import Clients
 from mirrorpair.errors import Interrupted, MirrorpairError
 from mirrorpair.offline import compare
+from mirrorpair.rolewords import FAILED, REFUSED
 from mirrorpair.status import holds
 from mirrorpair.text import printable
 from mirrorpair.units import format_percent, format_seconds, format_size
@@ -259,9 +260,18 @@ class Demo:
         self._write_on(self.phase_writes)
 
     def hand_over(self, to: Node) -> None:
-        """The planned change of the primary; either node may be asked."""
-        with to.admin() as daemon:
-            daemon.switchover(to=to.name)
+        """The planned change of the primary; either node may be asked. On a busy machine the two may have lost each
+        other for a moment: then it is refused, and asked for again once they are in sync."""
+        began = time.monotonic()
+        while True:
+            try:
+                with to.admin() as daemon:
+                    daemon.switchover(to=to.name)
+                break
+            except MirrorpairError as error:
+                if error.exit_code not in (FAILED, REFUSED) or time.monotonic() - began >= HANG_S:
+                    raise
+            self._both_synced()
         to.wait("primary")
 
     def stop_writing(self) -> None:

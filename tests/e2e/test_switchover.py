@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from model import BLOCK, Model, finish, serve
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from pair import Daemon, Pair
 
 
+PATIENT: dict[str, Any] = {"arbiter": "witness", "promise": "6s", "suspect_after": 40}
+"""a busy machine is no reason to lose each other: then a switchover would rightly be refused"""
+
+
 @pytest.fixture
 def pair(make_pair: Callable[..., Pair]) -> Pair:
-    return make_pair(arbiter="witness")
+    return make_pair(**PATIENT)
 
 
 class Writer(threading.Thread):
@@ -191,7 +195,7 @@ def test_a_silent_witness_changes_nothing_and_the_clients_go_on(pair: Pair, mode
 
 
 def test_service_goes_back_to_the_preferred_node_by_itself(make_pair: Callable[..., Pair]) -> None:
-    pair = make_pair(arbiter="witness", options='prefer = "alpha"\nfailback = "auto"\nfailback-delay = "500ms"')
+    pair = make_pair(**PATIENT, options='prefer = "alpha"\nfailback = "auto"\nfailback-delay = "500ms"')
     pair.up()
     with pair.alpha.client() as client:
         client.write(0, b"1" * BLOCK)
@@ -210,7 +214,7 @@ def test_service_goes_back_to_the_preferred_node_by_itself(make_pair: Callable[.
 
 def test_f16_too_many_changes_latch_the_failback_until_a_person_says_resume(make_pair: Callable[..., Pair]) -> None:
     pair = make_pair(
-        arbiter="witness",
+        **PATIENT,
         options='prefer = "alpha"\nfailback = "auto"\nfailback-delay = "0s"\nmax-role-changes-per-hour = 1',
     )
     pair.up()
@@ -234,7 +238,7 @@ def test_f16_too_many_changes_latch_the_failback_until_a_person_says_resume(make
 
 
 def test_explain_names_the_rule_that_stands_in_the_way(make_pair: Callable[..., Pair]) -> None:
-    pair = make_pair(arbiter="witness", promise="60s")
+    pair = make_pair(**PATIENT | {"promise": "60s"})
     pair.up()
     told = pair.alpha.command("explain").stdout
     assert told.startswith("alpha is primary already")
