@@ -141,6 +141,8 @@ def test_f12_both_killed_the_primary_of_record_takes_its_role_back(pair: Pair, m
     pair.up()
     serve(pair.alpha, model)
     for node in pair.nodes:
+        node.freeze()  # neither hears of the other's death
+    for node in pair.nodes:
         node.kill()
     for node in pair.nodes:
         node.start(wait=False)
@@ -155,6 +157,8 @@ def test_f12_both_killed_the_primary_of_record_takes_its_role_back(pair: Pair, m
 def test_f12_and_if_it_stays_away_the_other_one_takes_over(pair: Pair, model: Model) -> None:
     pair.up()
     serve(pair.alpha, model)
+    for node in pair.nodes:
+        node.freeze()  # neither hears of the other's death
     for node in pair.nodes:
         node.kill()
     pair.beta.start()
@@ -248,6 +252,8 @@ def test_f17_a_person_has_a_lost_record_made_anew_by_the_primary(pair: Pair, mod
 def test_a8_a_node_that_was_made_anew_is_no_member_by_its_name(pair: Pair, model: Model) -> None:
     pair.up()
     serve(pair.alpha, model)
+    for node in pair.nodes:
+        node.freeze()  # neither hears of the other's death
     for node in pair.nodes:
         node.kill()
     for path in (pair.folder / "beta").rglob("*"):
