@@ -197,24 +197,14 @@ static void wait_answers(uint64_t more)
         look();
 }
 
-static void pause_clients(node *n, bool pause)
-{
-    mp_command *c = command(MP_COMMAND_PAUSE_CLIENTS);
-    c->flag = pause;
-    mp_engine_post(n->engine, c);
-}
-
-/* Its clients are paused meanwhile, and have to go on afterwards. */
 static void fence(node *n)
 {
     mp_command *c = command(MP_COMMAND_BARRIER);
-    pause_clients(n, true);
     n->flushed = false;
     c->token = ++n->token;
     mp_engine_post(n->engine, c);
     while (!n->flushed)
         look();
-    pause_clients(n, false);
 }
 
 /* --- the link --- */
