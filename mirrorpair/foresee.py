@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 from mirrorpair import roles
+from mirrorpair.rolecommands import given_up
 from mirrorpair.rolewords import Answer, Demote, Drain, Handoff, Mode, Phase, Promote, State, Swap, Swapped
 
 
@@ -62,7 +63,7 @@ def _acquisition(before: State, asked: State, swap: Swap, now: int) -> str:
         text += f"; it would answer writes once {peer} is linked, or alone when that fails"
     if peer not in kept:
         text += f"; {peer} would not be in sync: it gets what differs when the two are linked"
-    return text + roles.given_up(before)
+    return text + given_up(before)
 
 
 def _demotion(state: State, *, drains: bool) -> str:

@@ -16,7 +16,6 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from mirrorpair import roles
 from mirrorpair.errors import (
     LocalError,
     PeerTimeoutError,
@@ -31,6 +30,7 @@ from mirrorpair.explain import Explanation, explain
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.nodecore import SERVING_S, Core
 from mirrorpair.peermessages import HandoffAsk
+from mirrorpair.rolecommands import given_up
 from mirrorpair.rolewords import Demote, Handoff, LinkLost, Promote
 from mirrorpair.status import Event as LoggedEvent
 from mirrorpair.status import holds, hopeless, next_step
@@ -64,7 +64,7 @@ class AdminSide:
             acquires = self._core.state.role == "secondary"
             while True:
                 event = self._promotion(accept_data_loss=accept_data_loss, force=force)
-                lost = roles.given_up(self._core.state) if accept_data_loss else ""
+                lost = given_up(self._core.state) if accept_data_loss else ""
                 answer = await (self._core.foresee(event) if dry_run else self._core.ask_roles(event))
                 if answer.code == 0:
                     break

@@ -24,7 +24,7 @@ PURE_ROWS = [
     ["endpoint", "handshake", "history", "liveness", "messages", "proofs", "report", "rolewords", "tomltable"],
     ["rolesteps", "status", "swaprules"],
     ["takeover"],
-    ["handoff"],
+    ["handoff", "rolecommands"],
     ["roles"],
     ["foresee"],
     ["explain"],

@@ -17,6 +17,7 @@ import errno
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
 from mirrorpair.demo.journal import BLOCK, Bounds, Journal, payload
@@ -47,7 +48,7 @@ CATCH_UP_S = 0.05
 Flight = tuple[Pending, int, range]
 
 
-class Client(threading.Thread):
+class Client(threading.Thread, ABC):
     """One that lives until it is told to leave: `leave`, well behaved, or `abort`, at once."""
 
     def __init__(self, name: str, paths: Sequence[Path], journal: Journal, seed: int) -> None:
@@ -72,9 +73,9 @@ class Client(threading.Thread):
     def over(self) -> bool:
         return self.leaves.is_set() or self.aborted.is_set()
 
+    @abstractmethod
     def _use(self, client: NbdClient) -> None:
         """Until the connection ends, or this client is to leave."""
-        raise NotImplementedError
 
     def _find_primary(self) -> NbdClient | None:
         while not self.over():

@@ -197,14 +197,24 @@ static void wait_answers(uint64_t more)
         look();
 }
 
+static void pause_clients(node *n, bool pause)
+{
+    mp_command *c = command(MP_COMMAND_PAUSE_CLIENTS);
+    c->flag = pause;
+    mp_engine_post(n->engine, c);
+}
+
+/* Its clients are paused meanwhile, and have to go on afterwards. */
 static void fence(node *n)
 {
     mp_command *c = command(MP_COMMAND_BARRIER);
+    pause_clients(n, true);
     n->flushed = false;
     c->token = ++n->token;
     mp_engine_post(n->engine, c);
     while (!n->flushed)
         look();
+    pause_clients(n, false);
 }
 
 /* --- the link --- */
@@ -274,6 +284,8 @@ static void kill_node(node *n)
     if (near_end >= 0)
         other->lost = false;
     mp_engine_close(n->engine);
+    if (near_end >= 0)
+        shutdown(near_end, SHUT_RDWR); /* a process that is gone has no socket open; what it had not attached yet, ours would keep */
     open_node(n);
     grant(n, MP_GRANT_NONE);
     while (near_end >= 0 && !other->lost)
