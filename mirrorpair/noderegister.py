@@ -96,8 +96,6 @@ class WitnessSide:
         self._trouble: type | None = None
         self.known = (0, 0)
         """epoch and version of the record that the state is made of; version 0: none was read yet"""
-        self._members: dict[str, Incarnation] = {}
-        """of that record"""
         self.members: dict[str, Incarnation] = {}
         """of that record"""
         self._wanted = asyncio.Event()
@@ -119,7 +117,7 @@ class WitnessSide:
 
     def knows(self, incarnation: Incarnation) -> bool:
         """A8: whether the record has the peer by this incarnation, or has it not at all."""
-        return self._members.get(self._core.peer.name, incarnation) == incarnation
+        return self.members.get(self._core.peer.name, incarnation) == incarnation
 
     async def look(self) -> None:
         while True:
@@ -183,7 +181,6 @@ class WitnessSide:
             raise
         self.known = (epoch, version)
         self.members = record.register.members
-        self._members = record.register.members
 
     # --- changing
 
