@@ -107,10 +107,14 @@ static void answer_flushes(mp_engine *engine)
     mp_list_init(&b->next);
     for (mp_request *r; (r = mp_list_take(&b->flushing));) {
         int error = r->volume->sync_error;
-        if (b->void_ && !error && !mp_client_gone(r)) {
+        bool covered = error && mp_cover_holds(engine);
+        if (b->void_ && (!error || covered) && !mp_client_gone(r)) {
             mp_list_put(&b->next, r);
-        } else if (b->void_ && !error) {
+        } else if (b->void_ && (!error || covered)) {
             mp_client_lost(r);
+        } else if (covered && b->connected) {
+            r->here = error;
+            mp_cover_doubt(r);
         } else {
             r->reply_error = mp_nbd_error_of(error);
             mp_client_answer(r);

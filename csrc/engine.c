@@ -5,8 +5,7 @@
  * local write runs; doing both once per batch makes one system call of many frames and many answers.
  */
 #define _GNU_SOURCE
-#include "engine.h"
-
+#include "client.h"
 #include "disk.h"
 #include "mend.h"
 
@@ -15,6 +14,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -142,6 +142,20 @@ void mp_engine_status(mp_engine *engine, uint32_t volume, mp_volume_status *stat
 
 uint64_t mp_engine_dirty(const mp_engine *engine, uint32_t volume) { return mp_bitmap_count(&engine->volume[volume].journal.dirty); }
 
+uint64_t mp_engine_stuck_ns(const mp_engine *engine)
+{
+    uint64_t now = mp_now_ns();
+    return mp_max(mp_engine_busy_ns(engine), engine->pools ? mp_pool_oldest_ns(&engine->pool, now) : 0);
+}
+
+void mp_engine_hang_up(mp_engine *engine)
+{
+    pthread_mutex_lock(&engine->lock); /* the list changes with it held */
+    for (const mp_client *c = engine->clients; c; c = c->next)
+        shutdown(c->fd, SHUT_RDWR);
+    pthread_mutex_unlock(&engine->lock);
+}
+
 uint64_t mp_engine_busy_ns(const mp_engine *engine)
 {
     uint64_t since = atomic_load_explicit(&engine->loop.busy_since_ns, memory_order_relaxed), now = mp_now_ns();
@@ -165,7 +179,7 @@ bool mp_grant_holds(const mp_engine *engine, uint64_t boot_ns)
 
 static void set_grant(mp_engine *engine, const mp_grant *grant)
 {
-    bool same = grant->mode == engine->grant.mode && engine->granted;
+    bool same = grant->mode == engine->grant.mode && grant->cover == engine->grant.cover && engine->granted;
     if (grant->mode != engine->grant.mode)
         engine->asked_generation = false;
     engine->grant = *grant;
@@ -182,6 +196,7 @@ static void set_grant(mp_engine *engine, const mp_grant *grant)
             mp_event_post(engine, MP_EVENT_NEED_GENERATION, 0, 0, "writes are held that the peer has not confirmed");
         }
     }
+    mp_cover_changed(engine);
     if (!same) /* a mere renewal lets nobody start who could not before */
         all_look_again(engine);
     engine->granted = mp_grant_holds(engine, mp_boot_ns());
@@ -286,6 +301,9 @@ static void obey(mp_engine *engine, mp_command *command)
     case MP_COMMAND_ALL_DIRTY:
         mp_journal_doubt(&engine->volume[command->volume].journal, 0, engine->volume[command->volume].size);
         (void)mp_journal_flush(&engine->volume[command->volume].journal);
+        break;
+    case MP_COMMAND_FORGIVE:
+        mp_cover_forgive(engine);
         break;
     case MP_COMMAND_STOP:
         mp_loop_stop(&engine->loop);
@@ -436,6 +454,7 @@ static void on_tick(void *argument, uint64_t now_ns)
         mp_mend_pace(&engine->volume[i], &resyncing, &losing);
     mp_pace_tick(&engine->pace, now_ns, resyncing, losing);
     mp_link_tick(engine, now_ns);
+    mp_cover_tick(engine, now_ns);
     mp_barrier_tick(engine, now_ns);
     bool granted = mp_grant_holds(engine, mp_boot_ns());
     if (granted != engine->granted)
@@ -467,6 +486,7 @@ mp_engine *mp_engine_open(const mp_engine_volume *volumes, uint32_t count, mp_fa
     mp_pace_init(&engine->pace, 0);
     mp_list_init(&engine->free_requests);
     mp_list_init(&engine->local);
+    mp_list_init(&engine->doubted);
     mp_list_init(&engine->barrier.next);
     mp_list_init(&engine->barrier.flushing);
     engine->link.chan.last = &engine->link.chan.first;

@@ -1,7 +1,8 @@
 /* engine.h - the data plane of one node: NBD clients, the replication link, resync. One loop thread, no Python in it.
  *
  * The rooms, each a .c file: engine.c (thread, commands, events, the round), request.c (one request from wait to answer),
- * serve.c and longread.c (a client's connection), link.c (frames to and from the peer), barrier.c (durable on both), mend.c (resync).
+ * serve.c and longread.c (a client's connection), link.c (frames to and from the peer), barrier.c (durable on both), mend.c
+ * (resync), cover.c (this disk fails, the peer's does not).
  *
  * One write, source end: serve parses it -> request waits until the grant holds, nothing overlaps and the journal is hot ->
  * it holds its range, its frame is queued to the peer -> the whole batch is sent -> the local writes are done -> the peer's
@@ -69,6 +70,8 @@ struct mp_request {
     uint8_t parity;     /* which barrier covers it */
     bool holds, local_done, peer_done, on_wire;
     bool abandoned; /* never to be answered well */
+    bool elsewhere; /* a read that is on its way to the peer and back */
+    int here;       /* the first error of this node's disk, while the peer may cover for it */
     bool placed; /* stands in the flight: from its first step to its end */
     int error;
     uint8_t meta[16], reply[MP_NBD_REPLY];
@@ -111,9 +114,13 @@ struct mp_volume {
 
 typedef enum mp_grant_mode { MP_GRANT_NONE, MP_GRANT_PEER, MP_GRANT_ALONE_FIRST, MP_GRANT_ALONE } mp_grant_mode;
 
+enum mp_cover { MP_COVER_READS = 1u, MP_COVER_HOLD = 2u }; /* see cover.c */
+typedef enum mp_cover_verdict { MP_COVER_DONE, MP_COVER_WAIT, MP_COVER_HERE } mp_cover_verdict;
+
 typedef struct mp_grant {
     uint64_t epoch, serve_until_ns; /* CLOCK_BOOTTIME */
     mp_grant_mode mode;
+    unsigned cover;
 } mp_grant;
 
 typedef enum mp_event_kind {
@@ -131,7 +138,7 @@ typedef struct mp_event {
 
 typedef enum mp_command_kind {
     MP_COMMAND_GRANT, MP_COMMAND_CLIENT, MP_COMMAND_CLOSE_CLIENTS, MP_COMMAND_PAUSE_CLIENTS, MP_COMMAND_ATTACH, MP_COMMAND_DETACH,
-    MP_COMMAND_BARRIER, MP_COMMAND_SAVE, MP_COMMAND_ALL_DIRTY, MP_COMMAND_STOP,
+    MP_COMMAND_BARRIER, MP_COMMAND_SAVE, MP_COMMAND_ALL_DIRTY, MP_COMMAND_FORGIVE, MP_COMMAND_STOP,
 } mp_command_kind;
 
 typedef enum mp_plan { MP_PLAN_NONE, MP_PLAN_BITMAP, MP_PLAN_FULL } mp_plan;
@@ -245,6 +252,9 @@ struct mp_engine {
     mp_list free_requests;
     uint64_t serial; /* of the last request that was submitted */
     mp_list local;        /* submitted, to be done locally at the end of the round */
+    mp_list doubted;      /* done, but for this node's disk: cover.c */
+    uint32_t reads_elsewhere; /* on their way to the peer and back */
+    bool disk_slow;
     mp_request *held_first, *held_last; /* every write that holds a range, oldest first */
     uint64_t before[MP_REQUESTS_MAX], before_end[MP_REQUESTS_MAX]; /* scratch: ranges that still wait, in order */
     bool starved;         /* somebody did not get a request or a buffer: look again when one comes back */
@@ -282,6 +292,8 @@ void mp_engine_status(mp_engine *engine, uint32_t volume, mp_volume_status *stat
 
 uint64_t mp_engine_dirty(const mp_engine *engine, uint32_t volume); /* blocks that may differ, counted now; any thread */
 uint64_t mp_engine_busy_ns(const mp_engine *engine); /* how long the loop has been in one round; 0: it sleeps; any thread */
+uint64_t mp_engine_stuck_ns(const mp_engine *engine); /* the age of the oldest disk operation, the loop's own included; any thread */
+void mp_engine_hang_up(mp_engine *engine); /* ends the clients' connections although the loop hangs; any thread */
 
 /* --- engine.c: for the other rooms (loop thread) --- */
 void mp_event_post(mp_engine *engine, mp_event_kind kind, uint64_t a, int64_t b, const char *format, ...) __attribute__((format(printf, 5, 6)));
@@ -307,6 +319,8 @@ void mp_request_alone(mp_engine *engine);     /* the grant now lets the held one
 void mp_request_abandon(mp_engine *engine);   /* the role is gone: what is held or waits is never answered well, never sent again */
 void mp_request_forget(mp_client *client, mp_volume *volume); /* its client is gone: what has not begun never will */
 void mp_request_run(mp_job *job, void *worker);
+void mp_request_end(mp_request *request);     /* leaves its range and is answered */
+void mp_request_wait(mp_request *request);    /* waits in its place in the order */
 
 /* --- serve.c --- */
 void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, const uint8_t *extra, uint32_t length);
@@ -317,6 +331,7 @@ void mp_clients_close(mp_engine *engine, bool graceful);
 void mp_clients_pause(mp_engine *engine, bool pause, uint64_t token); /* paused: nothing is read from them, what was read goes on */
 void mp_engine_free_clients(mp_engine *engine); /* the loop has ended */
 void mp_clients_round(mp_engine *engine);   /* sends answers, goes on reading where it had to stop */
+void mp_clients_send(mp_engine *engine);    /* what is to be answered, as far as it can be sent now */
 
 /* --- longread.c --- */
 bool mp_long_reads_first(const mp_request *write); /* its own client's long read in front of it has not come so far */
@@ -325,6 +340,7 @@ bool mp_long_reads_first(const mp_request *write); /* its own client's long read
 void mp_link_attach(mp_engine *engine, mp_command *command);
 void mp_link_detach(mp_engine *engine, bool report, int code, const char *format, ...) __attribute__((format(printf, 4, 5)));
 void mp_link_send_write(mp_request *request);
+void mp_link_send_read(mp_request *request);
 bool mp_link_small(mp_engine *engine, uint16_t type, uint16_t flags, uint32_t count, uint64_t offset, const void *meta, uint32_t length);
 void mp_link_applied(mp_request *request);
 void mp_link_barrier_synced(mp_engine *engine);
@@ -343,6 +359,22 @@ void mp_barrier_tick(mp_engine *engine, uint64_t now_ns);
 void mp_barrier_acked(mp_engine *engine, uint64_t tag);
 void mp_barrier_link_lost(mp_engine *engine);
 void mp_barrier_job_finished(mp_engine *engine);
+
+/* --- cover.c --- */
+bool mp_cover_holds(const mp_engine *engine); /* an error of this disk is nobody's answer yet */
+bool mp_cover_slow(const mp_engine *engine);  /* the disk hangs, and the peer can be asked instead */
+mp_cover_verdict mp_cover_read(mp_request *read); /* DONE: taken over; HERE: to be read here */
+void mp_cover_doubt(mp_request *request);     /* `here` says what this disk failed with; all else is done; takes it over */
+void mp_cover_changed(mp_engine *engine);     /* the grant */
+void mp_cover_forgive(mp_engine *engine);     /* A14: the peer has the role */
+void mp_cover_abandon(mp_engine *engine);     /* nobody waits for it any more */
+void mp_cover_tick(mp_engine *engine, uint64_t now_ns);
+void mp_cover_link_lost(mp_engine *engine);
+void *mp_cover_ask_buffer(mp_engine *engine, const mp_frame *frame, mp_volume *volume); /* NULL: not now */
+bool mp_cover_asked(mp_engine *engine);       /* false: garbage */
+void mp_cover_served(mp_request *read);       /* by this disk, for the peer */
+void *mp_cover_answer_buffer(mp_engine *engine, const mp_frame *frame); /* NULL: garbage */
+bool mp_cover_answered(mp_engine *engine, const mp_frame *frame);       /* false: garbage */
 
 /* --- mend.c --- */
 mp_mend *mp_mend_new(mp_volume *volume);

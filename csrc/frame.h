@@ -53,6 +53,8 @@ enum mp_frame_type {
     MP_FRAME_BITS_END,
     MP_FRAME_MERGED,
     MP_FRAME_RESYNC_DONE,
+    MP_FRAME_READ,
+    MP_FRAME_READ_DATA,
 };
 
 typedef struct mp_frame {

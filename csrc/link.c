@@ -1,8 +1,9 @@
 /* link.c - the replication session: frames to and from the peer's engine.
  *
  *   source -> target   WRITE (data; flags: volume and FUA, count: tag, offset), ZERO (meta: length u64), BARRIER (count: tag,
- *                      meta: writes since the last one u64), MERGED, RESYNC_DONE, and the resync's DIGESTS, BULK, DATA
- *   target -> source   ACK (meta: tags u32), FLUSHED (count: tag), BITS (meta: first u64, count u64, ...), BITS_END, and the
+ *                      meta: writes since the last one u64), READ (count: tag, offset, meta: length u64), MERGED,
+ *                      RESYNC_DONE, and the resync's DIGESTS, BULK, DATA
+ *   target -> source   ACK (meta: tags u32), FLUSHED (count: tag), READ_DATA (count: tag; nothing: its disk failed), BITS (meta: first u64, count u64, ...), BITS_END, and the
  *                      resync's WANT, SETTLED
  *   both               PING, ERROR (JSON)
  *
@@ -71,6 +72,19 @@ void mp_link_send_write(mp_request *r)
     r->peer_done = false;
     r->sent_ns = mp_now_ns();
     link->writes_since_barrier++;
+    mp_chan_queue(&link->chan, &r->out);
+}
+
+static void read_sent(mp_outgoing *out) { ((mp_request *)((char *)out - offsetof(mp_request, out)))->on_wire = false; }
+
+void mp_link_send_read(mp_request *r)
+{
+    mp_link *link = &r->engine->link;
+    mp_store64(r->meta, r->length);
+    r->out = (mp_outgoing){.sent = read_sent, .meta = r->meta,
+                           .frame = {.type = MP_FRAME_READ, .flags = (uint16_t)r->volume->index, .count = (uint32_t)r->tag, .offset = r->offset, .epoch = link->epoch, .meta = 8, .length = 8}};
+    r->on_wire = true;
+    r->sent_ns = mp_now_ns();
     mp_chan_queue(&link->chan, &r->out);
 }
 
@@ -159,6 +173,7 @@ void mp_link_detach(mp_engine *engine, bool report, int code, const char *format
         mp_event_post(engine, MP_EVENT_LINK_LOST, link->chan.session, code, "%s", text);
     for (uint32_t i = 0; i < engine->volumes; i++)
         mp_mend_link_lost(&engine->volume[i]);
+    mp_cover_link_lost(engine);
     if (link->source) {
         mp_request_link_lost(engine);
         mp_barrier_link_lost(engine);
@@ -399,6 +414,19 @@ static void *payload_for(mp_engine *engine, const mp_frame *frame)
         link->receiving = r;
         return !r ? NULL : r->op == MP_OP_ZERO ? r->meta : r->buffer;
     }
+    case MP_FRAME_READ: {
+        mp_volume *volume = volume_of(engine, frame);
+        if (!link->source && volume && frame->epoch == link->epoch && frame->length == 8 && frame->meta == 8)
+            return mp_cover_ask_buffer(engine, frame, volume);
+        garbage(engine, "a malformed read");
+        return NULL;
+    }
+    case MP_FRAME_READ_DATA: {
+        void *buffer = mp_cover_answer_buffer(engine, frame);
+        if (!buffer)
+            garbage(engine, "an answer to a read that is not on its way");
+        return buffer;
+    }
     case MP_FRAME_WANT:
     case MP_FRAME_SETTLED:
     case MP_FRAME_BITS:
@@ -499,7 +527,7 @@ static void take(mp_engine *engine, uint8_t *payload)
         peer_error(engine, payload, frame->length);
         break;
     case MP_FRAME_WRITE:
-        if (link->receiving)
+        if (link->receiving && link->receiving->op == MP_OP_WRITE)
             apply(engine, link->receiving);
         else
             garbage(engine, "a write without data");
@@ -519,6 +547,14 @@ static void take(mp_engine *engine, uint8_t *payload)
     }
     case MP_FRAME_BARRIER:
         take_barrier(engine, frame, payload);
+        break;
+    case MP_FRAME_READ:
+        if (!mp_cover_asked(engine))
+            garbage(engine, "a read outside the volume");
+        break;
+    case MP_FRAME_READ_DATA:
+        if (!mp_cover_answered(engine, frame))
+            garbage(engine, "an answer to a read that is not on its way");
         break;
     case MP_FRAME_FLUSHED:
         mp_barrier_acked(engine, frame->count);

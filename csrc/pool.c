@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include "loop.h"
+
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -11,6 +13,7 @@ typedef struct mp_pool_thread {
     pthread_t id;
     mp_pool *pool;
     void *worker;
+    _Atomic uint64_t since_ns; /* when its job began; 0: it has none */
 } mp_pool_thread;
 
 static void put(mp_queue *queue, mp_job *job)
@@ -42,7 +45,9 @@ static void *work(void *argument)
             continue;
         }
         pthread_mutex_unlock(&pool->lock);
+        atomic_store_explicit(&self->since_ns, mp_now_ns(), memory_order_relaxed);
         job->run(job, self->worker);
+        atomic_store_explicit(&self->since_ns, 0, memory_order_relaxed);
         pthread_mutex_lock(&pool->lock);
         bool first = !pool->done.first, waited = first && pool->waiting;
         put(&pool->done, job);
@@ -73,7 +78,8 @@ mp_status mp_pool_start(mp_pool *pool, unsigned threads, void *workers, size_t w
         return MP_INTERNAL;
     for (unsigned i = 0; i < threads; i++) {
         mp_pool_thread *thread = &pool->thread[pool->threads];
-        *thread = (mp_pool_thread){.pool = pool, .worker = (char *)workers + i * worker_size};
+        thread->pool = pool;
+        thread->worker = (char *)workers + i * worker_size;
         if (pthread_create(&thread->id, NULL, work, thread))
             break;
         pool->threads++;
@@ -141,3 +147,14 @@ mp_job *mp_pool_wait(mp_pool *pool)
 }
 
 int mp_pool_fd(const mp_pool *pool) { return pool->event_fd; }
+
+uint64_t mp_pool_oldest_ns(const mp_pool *pool, uint64_t now_ns)
+{
+    uint64_t oldest = 0;
+    for (unsigned i = 0; i < pool->threads; i++) {
+        uint64_t since = atomic_load_explicit(&pool->thread[i].since_ns, memory_order_relaxed);
+        if (since && since < now_ns)
+            oldest = mp_max(oldest, now_ns - since);
+    }
+    return oldest;
+}

@@ -40,5 +40,7 @@ void mp_pool_submit(mp_pool *pool, mp_job *job);
 mp_job *mp_pool_take(mp_pool *pool); /* a finished job or NULL */
 mp_job *mp_pool_wait(mp_pool *pool); /* a finished job; NULL if none is pending */
 int mp_pool_fd(const mp_pool *pool);
+/* For how long the oldest of the running jobs has run, 0: none runs. Any thread, between start and stop. */
+uint64_t mp_pool_oldest_ns(const mp_pool *pool, uint64_t now_ns);
 
 #endif

@@ -110,7 +110,9 @@ void mp_request_finished(mp_request *r)
 {
     if (r->error)
         report_error(r);
-    if (r->apply) {
+    if (r->apply && r->op == MP_OP_READ) {
+        mp_cover_served(r);
+    } else if (r->apply) {
         mp_link_applied(r);
     } else if (r->op == MP_OP_READ) {
         if (r->holds) {
@@ -118,7 +120,14 @@ void mp_request_finished(mp_request *r)
             mp_flight_leave(&r->volume->reading, r->place);
             mp_volume_look_again(r->volume);
         }
-        answer(r);
+        if (!r->error) {
+            answer(r);
+            return;
+        }
+        r->here = r->error;
+        r->error = 0;
+        if (mp_cover_read(r) == MP_COVER_WAIT)
+            mp_request_wait(r);
     } else {
         r->local_done = true;
         r->volume->unsynced = true;
@@ -127,6 +136,10 @@ void mp_request_finished(mp_request *r)
             mp_mend_spoil(r->volume);
             if (r->flags & MP_REQUEST_FUA && !r->volume->sync_error)
                 r->volume->sync_error = r->error == MP_DISK_ENDED ? EIO : r->error; /* it may have reported other lost pages */
+            if (mp_cover_holds(r->engine)) {
+                r->here = r->here ? r->here : r->error;
+                r->error = 0; /* its further steps go to the peer */
+            }
         }
         mp_barrier_local_done(r->engine, r->parity);
         mp_request_settle(r);
@@ -210,6 +223,12 @@ static void answer(mp_request *r)
     mp_client_answer(r);
 }
 
+void mp_request_end(mp_request *r)
+{
+    leave(r);
+    answer(r);
+}
+
 /* What came after it stays after it. */
 static void wait_in_line(mp_request *r)
 {
@@ -227,15 +246,20 @@ static void wait_in_line(mp_request *r)
         waiting->last = &r->next;
 }
 
+void mp_request_wait(mp_request *r) { wait_in_line(r); }
+
 void mp_request_settle(mp_request *r)
 {
     if (!r->holds || !r->local_done || !r->peer_done || r->on_wire)
         return;
     release(r);
     uint64_t next = r->at + r->part, end = r->offset + r->length;
+    if (r->here && !r->error && !r->abandoned && next == end) {
+        mp_cover_doubt(r);
+        return;
+    }
     if (r->error || r->abandoned || next == end) {
-        leave(r);
-        answer(r);
+        mp_request_end(r);
         return;
     }
     r->at = next;
@@ -263,11 +287,14 @@ static bool start(mp_request *r)
     if (!r->placed && mp_flight_overlaps(&volume->flight, r->offset, r->length))
         return false;
     if (r->op == MP_OP_READ) {
-        if (r->length <= MP_INLINE && (r->error = mp_disk_read_cached(volume->fd, r->buffer, r->length, r->offset)) != EAGAIN) {
+        if (!r->here && r->length <= MP_INLINE && (r->error = mp_disk_read_cached(volume->fd, r->buffer, r->length, r->offset)) != EAGAIN) {
             mp_request_finished(r);
             return true;
         }
         r->error = 0;
+        mp_cover_verdict verdict = r->here || mp_cover_slow(r->engine) ? mp_cover_read(r) : MP_COVER_HERE;
+        if (verdict != MP_COVER_HERE)
+            return verdict == MP_COVER_DONE;
         if (mp_flight_full(&volume->reading))
             return false;
         r->place = mp_flight_enter(&volume->reading, r->offset, r->length);

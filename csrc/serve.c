@@ -62,9 +62,11 @@ static void forget(mp_client *c)
 {
     mp_engine *engine = c->engine;
     mp_loop_remove(&engine->loop, c->fd);
+    pthread_mutex_lock(&engine->lock); /* somebody may go through the list: mp_engine_hang_up */
     close(c->fd);
     if ((*c->self = c->next))
         c->next->self = c->self;
+    pthread_mutex_unlock(&engine->lock);
     c->volume->clients--;
     engine->client_count--;
     mp_event_post(engine, MP_EVENT_CLIENT, c->volume->index, c->volume->clients, "%s", c->dead ? "lost" : "left");
@@ -410,10 +412,12 @@ void mp_client_add(mp_engine *engine, int fd, uint32_t volume, bool read_only, c
         memcpy(c->input, extra, length);
     c->input_end = length;
     c->again = length != 0;
+    pthread_mutex_lock(&engine->lock);
     if ((c->next = engine->clients))
         c->next->self = &c->next;
     c->self = &engine->clients;
     engine->clients = c;
+    pthread_mutex_unlock(&engine->lock);
     engine->client_count++;
     c->volume->clients++;
     mp_client_touch(c);
@@ -424,6 +428,8 @@ void mp_clients_close(mp_engine *engine, bool graceful)
 {
     engine->closing_clients = true;
     engine->clients_paused = engine->tell_quiet = false;
+    if (!graceful)
+        mp_cover_abandon(engine);
     for (mp_client *c = engine->clients; c; c = c->next) {
         mp_client_touch(c);
         if (!graceful) {
@@ -436,6 +442,14 @@ void mp_clients_close(mp_engine *engine, bool graceful)
     if (!engine->clients) {
         engine->closing_clients = false;
         mp_event_post(engine, MP_EVENT_CLIENTS_CLOSED, 0, 0, "%s", "");
+    }
+}
+
+void mp_clients_send(mp_engine *engine)
+{
+    for (mp_client *c = engine->clients; c; c = c->next) {
+        send_answers(c);
+        mp_client_touch(c);
     }
 }
 

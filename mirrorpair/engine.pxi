@@ -23,6 +23,9 @@ cdef extern from "engine.h" nogil:
         MP_COMMAND_BARRIER
         MP_COMMAND_SAVE
         MP_COMMAND_ALL_DIRTY
+        MP_COMMAND_FORGIVE
+        MP_COVER_READS
+        MP_COVER_HOLD
     ctypedef struct mp_engine:
         int event_fd
         uint32_t volumes
@@ -35,6 +38,7 @@ cdef extern from "engine.h" nogil:
         uint64_t epoch
         uint64_t serve_until_ns
         int mode
+        unsigned cover
     ctypedef struct mp_command:
         mp_grant grant
         int fd
@@ -78,12 +82,15 @@ cdef extern from "engine.h" nogil:
     mp_event *mp_engine_take(mp_engine *)
     void mp_engine_status(mp_engine *, uint32_t, mp_volume_status *, mp_link_status *)
     uint64_t mp_engine_dirty(const mp_engine *, uint32_t)
-    uint64_t mp_engine_busy_ns(const mp_engine *)
+    uint64_t mp_engine_stuck_ns(const mp_engine *)
+    void mp_engine_hang_up(mp_engine *)
 
 GRANT_NONE = MP_GRANT_NONE
 GRANT_PEER = MP_GRANT_PEER
 GRANT_ALONE_FIRST = MP_GRANT_ALONE_FIRST
 GRANT_ALONE = MP_GRANT_ALONE
+COVER_READS = MP_COVER_READS
+COVER_HOLD = MP_COVER_HOLD
 PLAN_NONE = MP_PLAN_NONE
 PLAN_BITMAP = MP_PLAN_BITMAP
 PLAN_FULL = MP_PLAN_FULL
@@ -197,14 +204,16 @@ cdef class Engine:
             found.append((EVENT_NAMES[event.kind], event.a, event.b, (<bytes>event.text).decode("utf-8", "replace")))
             free(event)
 
-    def set_grant(self, uint64_t epoch, uint64_t serve_until_ns, int mode):
-        """What may be answered: a GRANT_ number, until `serve_until_ns` on CLOCK_BOOTTIME (NO_LIMIT: for ever)."""
+    def set_grant(self, uint64_t epoch, uint64_t serve_until_ns, int mode, unsigned cover=0):
+        """What may be answered: a GRANT_ number, until `serve_until_ns` on CLOCK_BOOTTIME (NO_LIMIT: for ever).
+        `cover`: COVER_ bits; what this node's disk cannot do is asked of the peer, or waits for `forgive`."""
         if not MP_GRANT_NONE <= mode <= MP_GRANT_ALONE:
             raise ValueError("no such grant")
         cdef mp_command *command = self._command(MP_COMMAND_GRANT)
         command.grant.epoch = epoch
         command.grant.serve_until_ns = serve_until_ns
         command.grant.mode = mode
+        command.grant.cover = cover
         mp_engine_post(self.engine, command)
 
     def add_client(self, int fd, volume, *, bytes leftover=b"", bint read_only=False):
@@ -238,6 +247,14 @@ cdef class Engine:
     def resume_clients(self):
         """They are read again."""
         mp_engine_post(self.engine, self._command(MP_COMMAND_PAUSE_CLIENTS))
+
+    def forgive(self):
+        """The peer has the role (A14): what it has and this node's disk lacks is answered well."""
+        mp_engine_post(self.engine, self._command(MP_COMMAND_FORGIVE))
+
+    def hang_up(self):
+        """Ends the clients' connections at once, although the thread hangs."""
+        mp_engine_hang_up(self._open())
 
     def attach_link(self, Channel channel not None, *, uint64_t epoch, bint source, plans, double timeout):
         """Begins a session on a channel whose handshake is done; the channel is of no use afterwards. One PLAN_ number per
@@ -305,6 +322,6 @@ cdef class Engine:
                           link.oldest_unacked_ns / 1e9, link.ack_ns / 1e9)
 
     @property
-    def loop_busy_s(self):
-        """For how long the thread has been in one piece of work: seconds of a slow or hung disk."""
-        return mp_engine_busy_ns(self._open()) / 1e9
+    def stuck_s(self):
+        """For how long the oldest disk operation has been running: seconds of a slow or hung disk."""
+        return mp_engine_stuck_ns(self._open()) / 1e9

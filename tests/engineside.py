@@ -116,8 +116,8 @@ class Node:
             select.select([self.engine.event_fd], [], [], left)
             self.events += [Event(*event) for event in self.engine.take_events()]
 
-    def grant(self, mode: int, epoch: int = 1, until: int = _core.NO_LIMIT) -> None:
-        self.engine.set_grant(epoch, until, mode)
+    def grant(self, mode: int, epoch: int = 1, until: int = _core.NO_LIMIT, cover: int = 0) -> None:
+        self.engine.set_grant(epoch, until, mode, cover)
 
     def flush(self, token: int = 1) -> Event:
         self.engine.barrier(token)
