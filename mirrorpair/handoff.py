@@ -27,6 +27,7 @@ from mirrorpair.rolewords import (
     WRONG_ROLE,
     Answer,
     DropLink,
+    Forgive,
     HangUp,
     PauseClients,
     Phase,
@@ -97,7 +98,7 @@ def _give_up(state: State, why: str) -> Step:
 
 
 def swapped(state: State, event: Swapped, now: int) -> Step:
-    """The outcome of a handoff or a hold."""
+    """The outcome of a handoff, an abdication or a hold."""
     if event.swap.purpose == "hold":
         if event.ok or state.handing != "unknown":
             return stay(state, f"{state.me} is still primary")  # `handing` was cleared by the swap's success
@@ -113,7 +114,8 @@ def swapped(state: State, event: Swapped, now: int) -> Step:
     if not event.ok:
         message = f"{state.me} stays primary: {event.why}"
         answer = (Answer(event.code, message),) if answered else ()
-        return Step(change(state, handing="no"), answer, message)
+        again = now + state.retry_ns if event.swap.purpose == "abdicate" else None
+        return Step(change(state, handing="no", again_ns=again), answer, message)
     message = f"{state.me} has given the role to {state.peer}, for epoch {state.epoch}"
     handed = change(
         state,
@@ -125,6 +127,10 @@ def swapped(state: State, event: Swapped, now: int) -> Step:
         peer_role="secondary",
         deadline_ns=now + state.suspect_ns,
     )
+    if event.swap.purpose == "abdicate":
+        # Its clients are not kept until the peer serves: what hangs here ends for them with the connection.
+        ended = change(handed, redirecting=False)
+        return Step(ended, (Forgive(), HangUp(), DropLink("the roles changed")), message)
     answer = (Answer(0, message),) if answered else ()
     return Step(handed, (*answer, DropLink("the roles changed")), message)
 

@@ -141,6 +141,7 @@ class Node:
         stack.callback(loop.remove_reader, core.engine.event_fd)
         core.step(started)
         core.spawn(core.work())
+        core.spawn(core.watch_disk())
         if core.witness is not None:
             core.spawn(core.witness.look())
         stack.push_async_callback(core.end_tasks)

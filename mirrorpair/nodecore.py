@@ -29,6 +29,7 @@ import msgspec
 
 from mirrorpair import roles
 from mirrorpair._core import NO_LIMIT, Engine
+from mirrorpair.abdication import cover_of
 from mirrorpair.arbiter import Incarnation, Register, Swap, Writer
 from mirrorpair.errors import (
     MirrorpairError,
@@ -54,9 +55,12 @@ from mirrorpair.rolewords import (
     FAILED,
     Answer,
     CaughtUp,
+    DiskFailed,
+    DiskWell,
     Drain,
     Drained,
     DropLink,
+    Forgive,
     GenerationBegan,
     HangUp,
     LinkLost,
@@ -101,6 +105,9 @@ SLOW_CODE = 13
 SLOW_S = (1.0, 60.0)  # a peer that was too slow is left alone for so long, growing
 SERVING_S = 15.0
 WATCH_S = 0.05
+HUNG_S = 10.0  # F8
+STUCK_S = 1.0  # slow enough not to be waited for, and fast enough to be called well
+DISK_LOOK_S = 0.5
 
 log = logging.getLogger("mirrorpair.node")
 
@@ -185,7 +192,7 @@ class Core:
         self.one_change = asyncio.Lock()
         """of roles that somebody waits for, here or at the peer; held around `ask_roles`"""
         self.changed = asyncio.Event()
-        self._granted: tuple[int, int, int] | None = None
+        self._granted: tuple[int, int, int, int] | None = None
         self.facts_version = 0
         self._ticking: asyncio.TimerHandle | None = None
         self.stopping: asyncio.Event = asyncio.Event()
@@ -258,9 +265,9 @@ class Core:
             self.peer_link.want_data()
 
     def renew_grant(self) -> None:
-        mode = int(roles.mode_of(self.state))
+        mode, cover = int(roles.mode_of(self.state)), int(cover_of(self.state))
         until = self.peer_link.heart.beats.valid_until_ns if roles.bounded(self.state) else NO_LIMIT
-        grant = (self.state.epoch, until, mode)
+        grant = (self.state.epoch, until, mode, cover)
         if grant != self._granted:
             self._granted = grant
             self.engine.set_grant(*grant)
@@ -279,8 +286,12 @@ class Core:
         if isinstance(action, Answer):
             if self.answer is not None and not self.answer.done():
                 self.answer.set_result(action)
+        elif isinstance(action, Forgive):
+            self.engine.forgive()
         elif isinstance(action, HangUp):
             self.engine.close_clients(graceful=False)
+            if self.engine.stuck_s > STUCK_S:
+                self.engine.hang_up()
         elif isinstance(action, PauseClients):
             self.spawn(self._pause())
         elif isinstance(action, ResumeClients):
@@ -513,6 +524,31 @@ class Core:
         if volume.failed is None:
             volume.failed = text
             self.view.event("disk", volume.failed, volume=volume.name, new="failed")
+            self.post(DiskFailed(f"volume {volume.name}: {text}"))
+
+    async def watch_disk(self) -> None:
+        """F8: an operation that does not end is a disk that fails. What ends after all makes the disk one that works:
+        nothing was refused by it."""
+        hung: list[OpenVolume] = []
+        while True:
+            await asyncio.sleep(DISK_LOOK_S)
+            stuck = self.engine.stuck_s
+            if not hung and stuck > HUNG_S:
+                # Which volume's it is does not matter: the threads that serve them all may be waiting for it.
+                hung = [volume for volume in self.open.volumes if volume.failed is None]
+                for volume in hung:
+                    volume.failed = f"a disk operation has not ended for {stuck:.0f} s"
+                    log.error("volume %s: %s", volume.name, volume.failed)
+                    self.view.event("disk", volume.failed, volume=volume.name, new="failed")
+                self.post(DiskFailed(f"an operation has not ended for {stuck:.0f} s"))
+            elif hung and stuck < STUCK_S:
+                for volume in hung:
+                    volume.failed = None
+                    self.view.event("disk", "what hung has ended", volume=volume.name, old="failed")
+                hung = []
+                if self.open.obstacle() is None:
+                    self.post(DiskWell())
+                self.peer_link.want_data()
 
     def _bits_merged(self, index: int, _b: int, session: str) -> None:
         link = self.link

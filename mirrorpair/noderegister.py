@@ -3,6 +3,7 @@
 Rules:
 - A0 After an attempt of which nothing is known the next one follows, on the version then read, until one is ok or the
   record says that it must not be. What is reported before that is "unknown".
+- A14 An abdication touches no disk of this node; who made it is written into the record, until it is in sync again.
 - A13 The node file's epoch floor is durable before an acquisition is sent; the role and the epoch are before it counts.
 - W8 The images are flushed before the role is taken.
 - A8 Who enters the set is who was found equal, in the session in which it was: a new one of the same name is not.
@@ -204,7 +205,9 @@ class WitnessSide:
         unknown, tried = False, -1
         why: MirrorpairError = UnreachableError("the witness was not asked")
         for _ in range(ATTEMPTS):
-            if action.purpose in ("expand", "handoff") and (peer is None or self._core.peer_link.control is not peer):
+            if action.purpose in ("expand", "handoff", "abdicate") and (
+                peer is None or self._core.peer_link.control is not peer
+            ):
                 return Swapped(action, False, f"{self._core.peer.name} is not connected any more", unknown=unknown)
             if action.purpose in ACQUISITIONS and self._core.stopping.is_set():
                 return Swapped(action, False, f"{self._core.name} is stopping", unknown=unknown)
@@ -216,7 +219,8 @@ class WitnessSide:
                     # An attempt that is still on its way can land as long as the version is the one that it swaps on.
                     late = unknown and record.version <= tried
                     return Swapped(action, False, reason, unknown=late, code=WRONG_ROLE)
-                await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
+                if action.purpose != "abdicate":
+                    await self._core.durable(lambda: self._core.open.raise_epoch_floor(action.epoch))
                 new = self._successor(action, record, peer)
                 assert new.writer is not None
                 nonces.add(new.writer.nonce)
@@ -239,6 +243,11 @@ class WitnessSide:
         return Swapped(action, False, str(why), unknown=unknown, code=why.exit_code)
 
     async def _done(self, action: SwapAction, record: Versioned) -> Swapped:
+        if action.purpose == "abdicate":
+            # A14: nothing is waited for that this node's disks would have to do. What is not durable only takes away.
+            register = record.register
+            self.look_now()
+            return Swapped(action, True, paused=register.pause, latched=register.latched)
         acquired = action.purpose in ACQUISITIONS
         role: RoleName = "primary" if record.register.primary == self._core.name else "secondary"
         await self._learned(record, role, settled=acquired or self._core.settled)
@@ -275,6 +284,12 @@ class WitnessSide:
         if action.primary is not None and old.primary not in (None, action.primary):
             changes = (*recent(changes, (now := int(time.time()))), now)
         limit = self._core.config.max_role_changes_per_hour
+        given = action.primary if action.purpose in ("handoff", "abdicate") else None
+        failed = set(old.failed)
+        if action.purpose == "abdicate":
+            failed.add(self._core.name)
+        elif action.purpose == "expand":
+            failed -= set(in_sync or ())
         return msgspec.structs.replace(
             old,
             pair_uuid=self._core.open.value.pair_uuid or old.pair_uuid,
@@ -283,7 +298,8 @@ class WitnessSide:
             in_sync=old.in_sync if in_sync is None else in_sync,
             members=members,
             mode=self._core.config.mode,
-            handoff=action.primary if action.purpose == "handoff" else None if acquires else old.handoff,
+            handoff=given or (None if acquires else old.handoff),
+            failed=tuple(sorted(failed)),
             role_changes=changes,
             latched=old.latched or (self._core.config.failback == "auto" and len(changes) >= limit > 0),
             writer=Writer(node=self._core.name, nonce=secrets.randbits(48)),

@@ -29,7 +29,8 @@ Rules:
 - A17 A link that is back before the deadline changes nothing: no swap, no new generation, the writes are sent again.
 - A18 A node that stops accepts no role. The one that stopped cleanly while the peer was in sync may have been replaced
   since: alone it does not take the role back.
-- A planned change of roles is in handoff.py: PAIRED with `state.handing`, then SECONDARY.
+- A planned change of roles is in handoff.py: PAIRED with `state.handing`, then SECONDARY. A14 One for the sake of a
+  failing disk is in abdication.py.
 - The grant follows from the state (`mode_of`), so it cannot be forgotten in a transition.
 - Time is CLOCK_BOOTTIME ns; `state.wake_ns` says when a Tick is due at the latest.
 """
@@ -38,7 +39,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mirrorpair import handoff, rolecommands
+from mirrorpair import abdication, handoff, rolecommands
 from mirrorpair.rolesteps import (
     Step,
     change,
@@ -61,6 +62,8 @@ from mirrorpair.rolewords import (
     Answer,
     CaughtUp,
     Demote,
+    DiskFailed,
+    DiskWell,
     Drain,
     Drained,
     DropLink,
@@ -153,7 +156,7 @@ def step(state: State, event: Event, now: int) -> Step:
         )
     handler = TABLE.get((state.phase, type(event)))
     done = stay(state) if handler is None else handler(state, event, now)
-    return handoff.settle(before, _alone_only_without_peer(done), now)
+    return abdication.settle(handoff.settle(before, _alone_only_without_peer(done), now), now)
 
 
 # --- pieces of decisions
@@ -480,7 +483,7 @@ def _swapped(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, Swapped)
     if event.swap.purpose == "raise":
         return raised(state, event, now)
-    if event.swap.purpose in ("handoff", "hold"):
+    if event.swap.purpose in ("handoff", "abdicate", "hold"):
         return handoff.swapped(state, event, now)
     if event.swap.purpose == "expand" and not event.ok:
         changed = change(state, expanding="unknown" if event.unknown or state.expanding == "unknown" else "no")
@@ -594,6 +597,8 @@ def _table() -> dict[tuple[Phase, type[Event]], Callable[[State, Event, int], St
     put(idle, Handoff, handoff.asked_elsewhere)
     put(PRIMARY, Quiet, handoff.quiet)
     put(only(Phase.ALONE), GenerationBegan, _generation)
+    put(every, DiskFailed, abdication.disk_failed)
+    put(every, DiskWell, abdication.disk_well)
     put(every, Stop, _stop)
     return found
 

@@ -14,7 +14,9 @@ import msgspec
 
 RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
-Purpose = Literal["promote", "readopt", "takeover", "raise", "shrink", "expand", "release", "handoff", "hold"]
+Purpose = Literal[
+    "promote", "readopt", "takeover", "raise", "shrink", "expand", "release", "handoff", "abdicate", "hold"
+]
 ACQUISITIONS: frozenset[Purpose] = frozenset({"promote", "readopt", "takeover"})
 
 FAILED = 1
@@ -44,6 +46,16 @@ class Mode(enum.IntEnum):
     PEER = 1
     ALONE_FIRST = 2
     ALONE = 3
+
+
+class Cover(enum.IntFlag):
+    """What the engine may rely on the peer for when this node's disk fails (A14); the numbers are the engine's."""
+
+    NONE = 0
+    READS = 1
+    """it is asked for what cannot be read here"""
+    HOLD = 2
+    """the answer to what only the peer has is held: an abdication may follow"""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,7 +108,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """arbitrated: a person has demoted it, and whether the register knows it is not known"""
     stopping: bool = False
     handing: Literal["no", "pausing", "asked", "unknown"] = "no"
-    """a handoff to the peer: clients are being paused; its swap is on its way; nothing is known of that (A0)"""
+    """a handoff to the peer: clients are being paused; its swap is on its way; nothing is known of that (A0). An
+    abdication has no pause"""
+    ailing: str | None = None
+    """what this node's disk failed with (A14)"""
+    again_ns: int | None = None
+    """an abdication failed: when the next one is due"""
     redirecting: bool = False
     """the role was handed over; the paused clients are hung up on when the peer serves, or does not in time"""
     paused: bool = False
@@ -124,7 +141,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def wake_ns(self) -> int | None:
         """When a Tick is due at the latest."""
-        due = [at for at in (self.deadline_ns, self.failback_at_ns) if at is not None]
+        again = self.again_ns if self.phase is Phase.PAIRED and self.handing == "no" else None
+        due = [at for at in (self.deadline_ns, self.failback_at_ns, again) if at is not None]
         return min(due, default=None)
 
     @property
@@ -138,8 +156,9 @@ class Swap(msgspec.Struct, frozen=True):
     for. `in_sync` None: as the register has it then, which an earlier swap may still change; the event says what it
     was. `needs_peer`: it was decided because of what the peer said, so it fails when the peer is gone by then.
     `overrides`: a person said that what the register keeps this node from may be lost (A3); `forced`: that the primary
-    of record serves no more; `unasked`: no person wants it (A19). A "handoff" gives the role to the peer; a "hold"
-    changes nothing: once it is ok no earlier swap can land any more (A0)."""
+    of record serves no more; `unasked`: no person wants it (A19). A "handoff" gives the role to the peer; so does an
+    "abdicate", which leaves the set, too (A14); a "hold" changes nothing: once it is ok no earlier swap can land any
+    more (A0)."""
 
     purpose: Purpose
     epoch: int
@@ -277,6 +296,16 @@ class Quiet(msgspec.Struct, frozen=True):
     failure: str = ""
 
 
+class DiskFailed(msgspec.Struct, frozen=True):
+    """This node's disk, or the metadata's, has failed or hangs."""
+
+    why: str
+
+
+class DiskWell(msgspec.Struct, frozen=True):
+    """What hung goes on."""
+
+
 class Drained(msgspec.Struct, frozen=True):
     """No client is left and all that was answered is durable where it has to be."""
 
@@ -311,6 +340,8 @@ Event = (
     | Demote
     | Handoff
     | Quiet
+    | DiskFailed
+    | DiskWell
     | Drained
     | GenerationBegan
     | Stop
@@ -333,6 +364,10 @@ class ResumeClients(msgspec.Struct, frozen=True):
     """They are read again."""
 
 
+class Forgive(msgspec.Struct, frozen=True):
+    """What the peer has, and only this node's disk lacks, is answered well: the peer is primary (A14)."""
+
+
 class HangUp(msgspec.Struct, frozen=True):
     """Drop the clients at once: the role is lost."""
 
@@ -352,4 +387,4 @@ class Answer(msgspec.Struct, frozen=True):
     retry_at_ns: int | None = None
 
 
-Action = Swap | Drain | PauseClients | ResumeClients | HangUp | DropLink | Answer
+Action = Swap | Drain | PauseClients | ResumeClients | Forgive | HangUp | DropLink | Answer

@@ -56,11 +56,13 @@ def objection(swap: Swap, me: str, read: Read) -> str | None:
         if read.primary != me or read.epoch >= swap.epoch:
             return f"the register says that {read.primary or 'nobody'} is primary of epoch {read.epoch}"
         return None
-    if swap.purpose == "handoff":
+    if swap.purpose in ("handoff", "abdicate"):
         if read.primary != me or read.epoch >= swap.epoch:
             return f"the register says that {read.primary or 'nobody'} is primary of epoch {read.epoch}"
         if swap.primary not in read.in_sync:
             return f"{swap.primary} is not in sync any more"
+        if swap.purpose == "abdicate":  # as for a dead primary
+            return "the pair is paused" if read.pause else None
         return _unwanted(read) if swap.unasked else None
     if swap.purpose not in ACQUISITIONS:
         wanted = me if swap.purpose in ("shrink", "release") else swap.primary

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from roleside import BOTH, S, codes, kinds, primary, run
 
 from mirrorpair import roles
 from mirrorpair.foresee import foresee
@@ -42,56 +43,13 @@ from mirrorpair.rolewords import (
     Tick,
 )
 
-BOTH = ("alpha", "beta")
-S = 10**9
 DELAY = 60 * S
 GIVEN = Swap("handoff", 8, "beta", BOTH, needs_peer=True)
-
-
-def primary(**changes: Any) -> State:
-    """alpha, linked, both in sync, epoch 7."""
-    plain: dict[str, Any] = {
-        "me": "alpha",
-        "peer": "beta",
-        "survivor": "primary",
-        "arbitrated": True,
-        "suspect_ns": S,
-        "retry_ns": S // 4,
-        "phase": Phase.PAIRED,
-        "epoch": 7,
-        "primary": "alpha",
-        "in_sync": BOTH,
-        "peer_up": True,
-        "peer_role": "secondary",
-        "peer_epoch": 7,
-        "linked": True,
-        "equal": True,
-        "steady_since_ns": 0,
-    }
-    return State(**{**plain, **changes})
-
-
-def run(at: State, *events: Event, now: int = 0) -> tuple[State, list[Any]]:
-    actions: list[Any] = []
-    for event in events:
-        step = roles.step(at, event, now)
-        assert step.sentence
-        at = step.state
-        actions += step.actions
-    return at, actions
 
 
 PAUSING, _ = run(primary(), Handoff())
 ASKED, _ = run(PAUSING, Quiet())
 UNKNOWN, _ = run(ASKED, Swapped(GIVEN, False, "no answer", unknown=True, code=13))
-
-
-def codes(actions: list[Any]) -> list[int]:
-    return [action.code for action in actions if isinstance(action, Answer)]
-
-
-def kinds(actions: list[Any]) -> list[type]:
-    return [type(action) for action in actions]
 
 
 # --- as it goes

@@ -25,6 +25,7 @@ PURE_ROWS = [
     ["rolesteps", "status", "swaprules"],
     ["takeover"],
     ["handoff", "rolecommands"],
+    ["abdication"],
     ["roles"],
     ["foresee"],
     ["explain"],
