@@ -77,6 +77,6 @@ bool mp_bitmap_next(const mp_bitmap *map, uint64_t from, uint64_t *first, uint64
     if (start >= map->bits)
         return false;
     *first = start;
-    *last = find(map, start, false);
+    *last = find(map, start + 1, false); /* that bit may have been cleared meanwhile, and a run is never empty */
     return true;
 }

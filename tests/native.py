@@ -75,8 +75,10 @@ def each_flavour(group: str, flavours: Iterable[str] = tuple(FLAVOURS)) -> list[
 
 
 def environment() -> dict[str, str]:
-    """Without what a run of these tests under sanitizers adds for Python itself."""
-    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD" and "SAN_OPTIONS" not in name}
+    """Without what a run of these tests under sanitizers adds for Python itself. A program ends with its first race:
+    one that goes on with a queue that was spoilt by it may wait for ever."""
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD" and "SAN_OPTIONS" not in name}
+    return plain | {"TSAN_OPTIONS": "halt_on_error=1"}
 
 
 def call(*command: object, cwd: Path | None = None, timeout: float = LIMIT_S) -> subprocess.CompletedProcess[str]:

@@ -122,6 +122,7 @@ def peer_seeds(rng: random.Random) -> list[bytes]:
     units = [bytes([4, kind | 32, block, 5, block]) + job for kind in (4, 6) for block in (0, 3)]
     unit = bytes([7, 0, 7, 1]) + b"".join(units)
     ends = bytes([14, 0, 14, 1]) + job * 2
+    reads = b"".join(bytes([27, what, at, 0]) + job for what, at in ((0, 1), (2, 3), (0, 0), (1, 9), (2, 200)))
     source = b"".join(ask(rng.randrange(256)) + answer() for _ in range(30))
     settle = (bytes([15, 2, 0, 15, 3, 0]) + job * 2) * 8 + b"\x0c\0"
     again = b"\x17\0" + bytes([22, 0]) + ends
@@ -132,6 +133,7 @@ def peer_seeds(rng: random.Random) -> list[bytes]:
         b"\5" + ends + job * 3 + b"\x0f\2\0\x0f\3\0" + job + b"\x0c\0",
         b"\0" + target + b"\3\1" + job * 4,
         b"\0" + unit + target,
+        b"\0" + write(2) + reads + write(5) + job + b"\3\1" + reads,
         b"\1" + ends + source,
         b"\1" + ends + source + again + source,
         b"\5" + ends + job * 8 + settle + source + settle,

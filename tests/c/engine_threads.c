@@ -102,7 +102,7 @@ static mp_command *command(mp_command_kind kind)
 static void grant(node *n, mp_grant_mode mode)
 {
     mp_command *c = command(MP_COMMAND_GRANT);
-    c->grant = (mp_grant){epoch, (uint64_t)FOR_EVER, mode};
+    c->grant = (mp_grant){epoch, (uint64_t)FOR_EVER, mode, mode == MP_GRANT_PEER ? MP_COVER_READS | MP_COVER_HOLD : 0};
     mp_engine_post(n->engine, c);
 }
 

@@ -25,6 +25,7 @@
 #define ROOM (4u << 20)
 #define WRITES 256u
 #define UNITS 16u
+#define READS 8u
 #define PATIENCE 400u
 
 static const uint64_t sizes[ONE_VOLUMES] = {65 * 1024 + 77, 160 * 1024};
@@ -58,6 +59,7 @@ static bool was_dirty[ONE_VOLUMES][64], may_clean[ONE_VOLUMES][64], bits_over[ON
 static struct { bool open; uint64_t offset, length; } units[ONE_VOLUMES][UNITS];
 static uint8_t want[ONE_VOLUMES][UNITS][16384];
 static uint32_t want_length[ONE_VOLUMES][UNITS];
+static struct read { uint32_t tag, length; uint64_t offset; } reads[READS]; /* asked for, not answered */
 
 /* --- sending frames --- */
 
@@ -140,6 +142,7 @@ static void attach(void)
     barrier_out = over = false;
     memset(bits_over, 0, sizeof bits_over);
     memset(units, 0, sizeof units);
+    memset(reads, 0, sizeof reads);
     memset(want_length, 0, sizeof want_length);
     up = true;
     mp_engine_post(node.engine, c);
@@ -229,6 +232,14 @@ static void take(const mp_frame *f)
         want_length[v][f->count] = f->meta;
         break;
     case MP_FRAME_SETTLED: FUZZ_NEED(!source && f->count < UNITS); break;
+    case MP_FRAME_READ_DATA: {
+        unsigned i = 0;
+        while (i < READS && (!reads[i].length || reads[i].tag != f->count))
+            i++;
+        FUZZ_NEED(!source && i < READS && !f->meta && f->length == reads[i].length && f->offset == reads[i].offset);
+        reads[i].length = 0;
+        break;
+    }
     case MP_FRAME_DATA:
     case MP_FRAME_MERGED:
     case MP_FRAME_RESYNC_DONE: FUZZ_NEED(source); break;
@@ -417,6 +428,26 @@ static void say_ack(uint8_t what)
         plain(MP_FRAME_ACK, 0, 0, 0, tags, 4 * count);
 }
 
+static void say_read(uint8_t what)
+{
+    static uint32_t tag = 1u << 24; /* no write's */
+    uint64_t offset = fuzz_number(&in, 2) * 512, length = what & 1 ? 1 + fuzz_number(&in, 2) : 4096;
+    unsigned v = what >> 1 & 1, i = 0;
+    uint8_t meta[8];
+    if (what & 4)
+        length = MP_SLAB_READ_MAX + (what >> 3);
+    while (i < READS && reads[i].length)
+        i++;
+    if (i == READS)
+        return;
+    bool honest = !source && length <= MP_SLAB_READ_MAX && inside(v, offset, length);
+    over |= !honest;
+    if (honest && !spoiling)
+        reads[i] = (struct read){.tag = tag, .length = (uint32_t)length, .offset = offset};
+    mp_store64(meta, length);
+    plain(MP_FRAME_READ, (uint16_t)v, tag++, offset, meta, 8);
+}
+
 static void say_flushed(uint8_t what)
 {
     bool honest = barrier_out && source && !(what & 1);
@@ -486,7 +517,7 @@ static void say_anything(void)
     f.length = (uint32_t)mp_min(fuzz_number(&in, 1), fuzz_left(&in));
     f.meta = (uint32_t)mp_min(fuzz_number(&in, 1), f.length);
     fuzz_bytes(&in, meta, f.length);
-    if (source ? f.type == MP_FRAME_ACK || f.type == MP_FRAME_FLUSHED || f.type == MP_FRAME_SETTLED : f.type == MP_FRAME_WRITE || f.type == MP_FRAME_ZERO || f.type == MP_FRAME_BARRIER)
+    if (source ? f.type == MP_FRAME_ACK || f.type == MP_FRAME_FLUSHED || f.type == MP_FRAME_SETTLED : f.type == MP_FRAME_WRITE || f.type == MP_FRAME_ZERO || f.type == MP_FRAME_BARRIER || f.type == MP_FRAME_READ)
         return; /* those say what they mean above */
     if (f.type == MP_FRAME_DIGESTS || f.type == MP_FRAME_BULK)
         touch(f.flags & 0xff, f.offset, mp_load32(meta));
@@ -536,6 +567,7 @@ static void move(void)
         break;
     case 24: one_pass((uint64_t)what * 10000000); break;
     case 25: send_some(what); break;
+    case 27: say_read(what); break;
     default:
         if (one_jobs())
             one_job(what % one_jobs());

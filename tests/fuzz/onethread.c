@@ -241,7 +241,7 @@ mp_command *one_command(mp_command_kind kind)
 void one_grant(one_node *n, mp_grant_mode mode)
 {
     mp_command *c = one_command(MP_COMMAND_GRANT);
-    c->grant = (mp_grant){1, INT64_MAX, mode};
+    c->grant = (mp_grant){1, INT64_MAX, mode, mode == MP_GRANT_PEER ? MP_COVER_READS | MP_COVER_HOLD : 0};
     mp_engine_post(n->engine, c);
 }
 
