@@ -23,6 +23,7 @@ CONFIG = """
 [pair]
 name = "shop"
 arbiter = "witness"
+insecure = {insecure}
 [witness]
 address = "{address}"
 state-dir = "records"
@@ -47,23 +48,26 @@ def free_port() -> int:
 
 
 class Witness:
-    """`mirrorpair witness` with its records below `folder`. `start`, and `close` at the end."""
+    """`mirrorpair witness` with its records below `folder`. `start`, and `close` at the end. `tcp`: at a free port of
+    this host; `address`: there, which may be in another namespace, entered by the words of `prefix`."""
 
-    def __init__(self, folder: Path, *, tcp: bool = False) -> None:
+    def __init__(self, folder: Path, *, tcp: bool = False, address: Address | None = None) -> None:
         self.folder = folder
         self.records = folder / "records"
         self.config = folder / "witness.toml"
         self.log = folder / "witness.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._tcp = tcp
-        self.address: Address = UnixAddress(str(folder / "witness.sock"))
+        self.prefix: tuple[str, ...] = ()
+        self.address: Address = address or UnixAddress(str(folder / "witness.sock"))
         self._take_address()
 
     def _take_address(self) -> None:
         if self._tcp:
             self.address = TcpAddress("127.0.0.1", free_port())
         nodes = "".join(NODE.format(name=name) for name in ("alpha", "beta"))
-        self.config.write_text(CONFIG.format(address=self.address) + nodes, encoding="utf-8")
+        insecure = "false" if self.address.loopback else "true"
+        self.config.write_text(CONFIG.format(address=self.address, insecure=insecure) + nodes, encoding="utf-8")
 
     def start(self, *before: str) -> None:
         """`before`: words in front of the command, such as a tracer. Of a port somebody else may be quicker."""
@@ -83,7 +87,7 @@ class Witness:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, self.log.open("wb") as out:
             sock.bind(str(ready))
             self.process = subprocess.Popen(
-                [*before, *MIRRORPAIR, "-c", str(self.config), "witness"],
+                [*self.prefix, *before, *MIRRORPAIR, "-c", str(self.config), "witness"],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -27,6 +27,7 @@ from mirrorpair.nbdclient import connect
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mirrorpair.address import TcpAddress
     from mirrorpair.nbdclient import NbdClient
     from mirrorpair.status import Status
 
@@ -50,7 +51,7 @@ suspect-after = {suspect_after}
 
 NODE = """
 [node.{name}]
-address = "unix:{name}.peer"
+address = "{address}"
 state-dir = "{name}"
 control = "{name}.ctl"
 nbd = ["unix:{name}.nbd"]
@@ -59,11 +60,13 @@ nbd = ["unix:{name}.nbd"]
 
 
 class Daemon:
-    """One node. Its log is in `<folder>/<name>.log`."""
+    """One node. Its log is in `<folder>/<name>.log`. `prefix`: words in front of the command at each start, such as
+    those that enter a namespace."""
 
     def __init__(self, pair: Pair, name: str) -> None:
         self.pair = pair
         self.name = name
+        self.prefix: tuple[str, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
         self._left: list[int] = []
         """pidfds of the sentinels of daemons that were killed"""
@@ -89,6 +92,7 @@ class Daemon:
         with (self.pair.folder / f"{self.name}.log").open("ab") as out:
             self.process = subprocess.Popen(
                 [
+                    *self.prefix,
                     *before,
                     sys.executable,
                     "-m",
@@ -255,23 +259,29 @@ class Pair:
         suspect_after: int = 5,
         arbiter: str = "none",
         options: str = "",
+        addresses: dict[str, TcpAddress] | None = None,
     ) -> None:
-        """`arbiter` "witness": `self.witness` is one, which `up` starts. `options`: more lines of the [pair] table."""
+        """`arbiter` "witness": `self.witness` is one, which `up` starts. `options`: more lines of the [pair] table.
+        `addresses`: of alpha, beta and the witness, which are joined by unix sockets else."""
         self.folder = folder
         self.size = size
         self.volumes = volumes
         self.config = folder / "pair.toml"
-        self.witness = Witness(folder)
+        self.witness = Witness(folder, address=addresses["witness"] if addresses else None)
         self._arbitrated = arbiter == "witness"
         self.alpha = Daemon(self, "alpha")
         self.beta = Daemon(self, "beta")
         nodes = "".join(
-            NODE.format(name=name, images="\n".join(f'image.{volume} = "{name}-{volume}.img"' for volume in volumes))
+            NODE.format(
+                name=name,
+                address=addresses[name] if addresses else f"unix:{name}.peer",
+                images="\n".join(f'image.{volume} = "{name}-{volume}.img"' for volume in volumes),
+            )
             for name in ("alpha", "beta")
         )
         self.config.write_text(
             CONFIG.format(
-                options=options,
+                options=options + ("\ninsecure = true" if addresses else ""),
                 arbiter=f'arbiter = "none"\nsurvivor = "{survivor}"'
                 if arbiter == "none"
                 else f'arbiter = "witness"\n[witness]\naddress = "{self.witness.address}"\nstate-dir = "records"',
