@@ -16,6 +16,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import threading
@@ -28,7 +29,7 @@ from pair import HANG_S
 from registers import Answer, Op, fewest_terms, flaw
 
 from mirrorpair.demo.journal import BLOCK, ZEROS, content, origin
-from mirrorpair.errors import PeerTimeoutError, RemoteError
+from mirrorpair.errors import MirrorpairError, RemoteError
 from mirrorpair.nbdclient import NbdClient, NbdError, Pending, connect
 
 if TYPE_CHECKING:
@@ -106,6 +107,13 @@ class History:
                 if one.node == node and one.write == write and one.answered is None and one.error is None
             ]
 
+    def answers_to(self, node: str, since: int) -> list[Request]:
+        """What this node was asked since then and has answered."""
+        with self._changed:
+            return [
+                one for one in self.requests if one.node == node and one.called > since and one.answered is not None
+            ]
+
     def until(self, holds: Callable[[], bool], what: Callable[[], Any]) -> None:
         """Looks at each answer; `what` is told when a hang is certain."""
         with self._changed:
@@ -163,20 +171,14 @@ class Client(threading.Thread):
             write = self._rng.random() < self._writes
             block = self._rng.randrange(HOT if self._rng.random() < 0.5 else self._history.blocks)
             request = self._history.ask(node.name, block, write=write)
+            pending = None
             try:
                 pending = send(client, request, self._history.seed, fua=self._rng.random() < 0.02)
-            except RemoteError as error:
-                self._history.refuse(request, error)
-                break
-            try:
                 data = pending.wait(self._patience_s or HANG_S)
-            except PeerTimeoutError as error:
-                if pending.done:
-                    self._history.refuse(request, error)
-                    break
-                self.waiters.append(outlast(self._history, client, pending, request))
-                return  # the connection is the waiter's now
             except RemoteError as error:
+                if pending is not None and not pending.done:
+                    self.waiters.append(outlast(self._history, client, pending, request))
+                    return  # the connection is the waiter's now
                 self._history.refuse(request, error)
                 break
             self._history.answer(request, data)
@@ -196,20 +198,14 @@ def outlast(history: History, client: NbdClient, pending: Pending, request: Requ
     """Waits on, however long it takes, and hears what comes."""
 
     def wait() -> None:
-        while True:
-            try:
-                data = pending.wait(HANG_S)
-            except PeerTimeoutError as error:
-                if pending.done:
-                    history.refuse(request, error)
-                    return
-            except RemoteError as error:
-                history.refuse(request, error)
-                return
+        with client:
+            while not pending.done:
+                with contextlib.suppress(MirrorpairError):  # patience, or how it ended
+                    pending.wait(HANG_S)
+            if pending.error is None:
+                history.answer(request, bytes(pending.data))
             else:
-                history.answer(request, data)
-                client.close()
-                return
+                history.refuse(request, pending.error)
 
     waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
@@ -273,6 +269,7 @@ class Load:
                 pending = send(client, request, self.history.seed)
             except RemoteError as error:
                 self.history.refuse(request, error)
+                client.close()
                 return
             self._waiters.append(outlast(self.history, client, pending, request))
 

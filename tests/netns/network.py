@@ -105,7 +105,7 @@ class Network:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._rules: list[str] = []
+        self._rules: list[tuple[str, str, int]] = []
         with contextlib.ExitStack() as stack:
             self.switch = self._new(stack)
             self.hosts = {name: self._new(stack) for name in HOSTS}
@@ -133,29 +133,31 @@ class Network:
 
     def drop(self, source: str, sink: str, percent: int = 100) -> None:
         """What goes from one port to the other; of `percent` below 100 as chance will have it."""
-        chance = f"numgen random mod 100 < {percent} " if percent < 100 else ""
-        self._rules.append(f'iifname "{source}" oifname "{sink}" {chance}counter drop')
+        self._rules.append((source, sink, percent))
         self._apply()
 
     def cut(self, one: str, other: str) -> None:
         """Both directions."""
-        self.drop(one, other)
-        self.drop(other, one)
+        self._rules += [(one, other, 100), (other, one, 100)]
+        self._apply()
 
     def isolate(self, name: str) -> None:
         for other in HOSTS.keys() - {name}:
             self.cut(name, other)
 
-    def heal(self) -> int:
-        """Every rule goes; how many frames they dropped."""
+    def mend(self, *names: str) -> int:
+        """What was between these, or between anybody, is as it was; how many frames all the rules dropped."""
         dropped = self.dropped()
-        self._rules.clear()
+        self._rules = [rule for rule in self._rules if names and not {rule[0], rule[1]} <= {*names}]
         self._apply()
         return dropped
 
     def _apply(self) -> None:
-        rules = "".join(f"add rule bridge faults wires {rule}\n" for rule in self._rules)
-        run([*self.switch.prefix, "nft", "-f", "-"], f"flush chain bridge faults wires\n{rules}")
+        text = "flush chain bridge faults wires\n"
+        for source, sink, percent in self._rules:
+            chance = f"numgen random mod 100 < {percent} " if percent < 100 else ""
+            text += f'add rule bridge faults wires iifname "{source}" oifname "{sink}" {chance}counter drop\n'
+        run([*self.switch.prefix, "nft", "-f", "-"], text)
 
     def dropped(self) -> int:
         """Since the last change of the rules."""

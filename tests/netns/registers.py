@@ -14,6 +14,7 @@ Rules:
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,7 +76,7 @@ def flaw(ops: Iterable[Op]) -> str | None:
         if len(cluster) > 1 or cluster[0].answered < math.inf  # never seen and never answered: it may not have been
     ]
     forward = sorted((zone for zone in zones if zone.forward), key=lambda zone: zone.begin)
-    for one, other in zip(forward, forward[1:], strict=False):
+    for one, other in itertools.pairwise(forward):
         if other.begin < one.end:
             return f"{_seen(clusters, one)} and {_seen(clusters, other)}: neither can be the earlier one"
     begins = [zone.begin for zone in forward]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 from load import Load
@@ -21,6 +22,7 @@ from pair import HANG_S, MIB, Daemon, Pair
 from mirrorpair.arbiter.recordfile import load as load_record
 from mirrorpair.control import AdminClient
 from mirrorpair.errors import MirrorpairError
+from mirrorpair.units import parse_seconds
 
 if TYPE_CHECKING:
     import random
@@ -41,8 +43,9 @@ class World:
 
     def __init__(self, network: Network, folder: Path, rng: random.Random, **options: Any) -> None:
         self.network = network
+        self._options = {"size": SIZE, **PATIENT, **options}
         self._rng = rng
-        self.pair = Pair(folder, arbiter="witness", addresses=ADDRESSES, **{"size": SIZE, **PATIENT, **options})
+        self.pair = Pair(folder, arbiter="witness", addresses=ADDRESSES, **self._options)
         self.witness = self.pair.witness
         self.alpha, self.beta = self.pair.alpha, self.pair.beta
         self.witness.prefix = network.hosts["witness"].prefix
@@ -70,6 +73,22 @@ class World:
 
     def in_sync(self, *names: str) -> None:
         self.until(lambda: self.record().in_sync == names, f"{names} are in sync")
+
+    def expired(self, node: Daemon) -> int:
+        """Waits until the last beat of it that was answered is older than any promise: from then on (the time that it
+        returns) it may answer nothing."""
+        promise_s = parse_seconds(self._options["promise"])
+        self.until(lambda: (node.status().heartbeat_age_s or 0.0) >= promise_s, f"the promise to {node.name} ends")
+        return time.monotonic_ns()
+
+    def says_nothing(self, load: Load, node: Daemon, since: int) -> None:
+        """Asked again and again, it has answered nothing that it was asked since then."""
+        for _ in range(4):
+            load.ask(node)
+            wait_a_moment(self.pair)
+        asked = load.history.waiting(node.name, write=False) + load.history.waiting(node.name, write=True)
+        assert asked, "nobody waits for anything"
+        assert load.history.answers_to(node.name, since) == [], self.pair.logs()
 
     def lose_host(self, *nodes: Daemon) -> None:
         """All of them at once, as by a loss of power but for the caches: nobody is left who could prove a death."""
