@@ -4,6 +4,8 @@ Rules:
 - A0 After an attempt of which nothing is known the next one follows, on the version then read, until one is ok or the
   record says that it must not be. What is reported before that is "unknown".
 - A14 An abdication touches no disk of this node; who made it is written into the record, until it is in sync again.
+- Who asks for the role while the witness is silent, and has sent nothing, is told after one look: until it is told, a
+  node makes no link, and the peer may be back. It looks again by itself.
 - A13 The node file's epoch floor is durable before an acquisition is sent; the role and the epoch are before it counts.
 - W8 The images are flushed before the role is taken.
 - A8 Who enters the set is who was found equal, in the session in which it was: a new one of the same name is not.
@@ -228,7 +230,7 @@ class WitnessSide:
                 result = await self._register.cas(record.version, new)
             except MirrorpairError as error:
                 why = error
-                if isinstance(error, RefusedError):
+                if isinstance(error, RefusedError) or (action.purpose in ACQUISITIONS and not nonces):
                     break
             else:
                 if result is Swap.OK:
