@@ -247,6 +247,18 @@ class Load:
         for client in self._clients:
             client.leaves.set()
 
+    def end(self) -> None:
+        """Once no daemon runs any more: nothing of it is left, whatever the test came to."""
+        self.__exit__()
+        for client in self._clients:
+            client.join(HANG_S)
+        for waiter in self._all_waiters():
+            waiter.join(HANG_S)
+        self.history.close()
+
+    def _all_waiters(self) -> list[threading.Thread]:
+        return [*self._waiters, *(waiter for client in self._clients for waiter in client.waiters)]
+
     def acknowledges(self, more: int = 60, node: Daemon | None = None) -> None:
         """Waits until so many further writes are acknowledged, by that node."""
         name = node.name if node else None
@@ -256,22 +268,27 @@ class Load:
             lambda: f"{name or 'nobody'} acknowledges no more: {self.history.problems[:3]}\n{self.pair.logs()}",
         )
 
-    def ask(self, node: Daemon) -> None:
+    def lines(self, node: Daemon) -> list[NbdClient]:
+        """Connections for `ask`, to be had before the node is in no state to give one."""
+        return [connect(node.path("nbd"), "data", timeout=HANG_S) for _ in range(2)]
+
+    def ask(self, node: Daemon, lines: list[NbdClient] | None = None) -> None:
         """A read and a write of this node, on a connection of their own each. Nobody waits for the answers: whatever
         comes of them is part of the history."""
-        for write in (False, True):
+        if lines is None:
             try:
-                client = connect(node.path("nbd"), "data", timeout=0.5)
+                lines = [connect(node.path("nbd"), "data", timeout=0.5) for _ in range(2)]
             except RemoteError:
                 return  # it takes no client: that is an answer too
+        for client, write in zip(lines, (False, True), strict=True):
             request = self.history.ask(node.name, 0, write=write)
             try:
                 pending = send(client, request, self.history.seed)
             except RemoteError as error:
                 self.history.refuse(request, error)
                 client.close()
-                return
-            self._waiters.append(outlast(self.history, client, pending, request))
+            else:
+                self._waiters.append(outlast(self.history, client, pending, request))
 
     def leave(self) -> None:
         """Every client has got its answer and is gone; those of lost connections may be waited for still."""
@@ -301,7 +318,7 @@ class Load:
 
     def judge(self, terms: list[str]) -> None:
         """Once no daemon runs any more. `terms`: who answered one after the other."""
-        for waiter in [*self._waiters, *(waiter for client in self._clients for waiter in client.waiters)]:
+        for waiter in self._all_waiters():
             waiter.join(HANG_S)
             assert not waiter.is_alive(), "somebody still waits although no daemon runs"
         self.history.close()

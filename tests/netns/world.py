@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from mirrorpair.arbiter import Register
 
 PATIENT: dict[str, Any] = {"interval": "100ms", "promise": "15s", "suspect_after": 15}
+PLANNED: dict[str, Any] = {**PATIENT, "suspect_after": 50}
+"""for changes that a person asks for, which would rightly be refused while the nodes miss each other"""
 HASTY: dict[str, Any] = {"interval": "100ms", "promise": "3s", "suspect_after": 15}
 SIZE = 4 * MIB
 
@@ -45,6 +47,7 @@ class World:
         self.network = network
         self._options = {"size": SIZE, **PATIENT, **options}
         self._rng = rng
+        self._loads: list[Load] = []
         self.pair = Pair(folder, arbiter="witness", addresses=ADDRESSES, **self._options)
         self.witness = self.pair.witness
         self.alpha, self.beta = self.pair.alpha, self.pair.beta
@@ -57,7 +60,8 @@ class World:
         return self
 
     def load(self, **options: Any) -> Load:
-        return Load(self.pair, self._rng, **options)
+        self._loads.append(Load(self.pair, self._rng, **options))
+        return self._loads[-1]
 
     def record(self) -> Register:
         """As the witness's disk has it."""
@@ -119,6 +123,8 @@ class World:
 
     def end(self) -> None:
         self.pair.end()
+        for load in self._loads:
+            load.end()
 
 
 def wait_a_moment(pair: Pair) -> None:
