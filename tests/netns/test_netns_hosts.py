@@ -202,7 +202,7 @@ def ahead(node: Daemon) -> float:
 UNSEEN = pytest.mark.xfail(
     strict=True,
     raises=AssertionError,
-    reason="A8: a member that comes back keeps its incarnation's n, so the register cannot tell an old copy of its state",
+    reason="A8: no member is ever given a new n, so the register cannot tell an old copy of its state",
 )
 
 
