@@ -52,9 +52,9 @@ def test_a_failback_under_load(make_world: Callable[..., World]) -> None:
         world.alpha.start()
         world.in_sync("alpha", "beta")
         load.acknowledges(node=world.beta)
-        assert world.alpha.command("failback").stdout.startswith("alpha is primary, of epoch 3")
+        assert world.alpha.command("failback").stdout.startswith("alpha is primary, of epoch 4")
         load.acknowledges(node=world.alpha)
-        world.finish(load, terms=("alpha", "beta", "alpha"), role_changes=2, epoch=3)
+        world.finish(load, terms=("alpha", "beta", "alpha"), role_changes=2, epoch=4)
 
 
 def test_a_rolling_restart_under_load(make_world: Callable[..., World]) -> None:
@@ -74,4 +74,4 @@ def test_a_rolling_restart_under_load(make_world: Callable[..., World]) -> None:
             node.command("switchover", "--to", node.name)
             load.acknowledges(node=node)
             world.pair.synced()
-        world.finish(load, terms=("alpha", "beta", "alpha"), role_changes=2, epoch=3)
+        world.finish(load, terms=("alpha", "beta", "alpha"), role_changes=2, epoch=5)
