@@ -18,9 +18,10 @@ ORDERS = list(itertools.permutations(("alpha", "beta", "witness")))
 
 
 @pytest.mark.parametrize("first", ["alpha", "beta", "witness"])
-def test_a_cold_start_in_any_order_ends_with_who_stopped_last(world: World, first: str) -> None:
-    """beta is stopped, then alpha, then the witness. alpha alone has everything: beta alone refuses, however early."""
-    world.up()
+def test_a_cold_start_in_any_order_ends_with_who_stopped_last(make_world: Callable[..., World], first: str) -> None:
+    """beta is stopped, then alpha, then the witness. alpha alone has everything: beta alone refuses, once the promise
+    that it may have given is over."""
+    world = make_world(promise="5s").up()
     with world.load() as load:
         for order in (order for order in ORDERS if order[0] == first):
             load.acknowledges(30)
