@@ -43,6 +43,7 @@ HOT = 6
 PAUSE_S = 0.002
 """Between two requests of a client: the machine belongs to the daemons."""
 AGAIN_S = 0.01
+BOUND_S = 0.2
 PIECE = 64
 
 
@@ -142,14 +143,21 @@ class Client(threading.Thread):
     """`patience_s`: for how long it waits for one answer before it turns to the other node; None: for ever."""
 
     def __init__(
-        self, history: History, nodes: tuple[Daemon, ...], seed: int, *, writes: float, patience_s: float | None
+        self,
+        history: History,
+        nodes: tuple[Daemon, ...],
+        seed: int,
+        *,
+        writes: float,
+        hot: float,
+        patience_s: float | None,
     ) -> None:
         super().__init__(name=f"client {seed} of {[node.name for node in nodes]}", daemon=True)
         self.leaves = threading.Event()
         self.waiters: list[threading.Thread] = []
         self._history, self._nodes = history, nodes
         self._rng = random.Random(seed)
-        self._writes, self._patience_s = writes, patience_s
+        self._writes, self._hot, self._patience_s = writes, hot, patience_s
 
     def run(self) -> None:
         turn = 0
@@ -169,7 +177,7 @@ class Client(threading.Thread):
     def _use(self, client: NbdClient, node: Daemon) -> None:
         while not self.leaves.is_set():
             write = self._rng.random() < self._writes
-            block = self._rng.randrange(HOT if self._rng.random() < 0.5 else self._history.blocks)
+            block = self._rng.randrange(HOT if self._rng.random() < self._hot else self._history.blocks)
             request = self._history.ask(node.name, block, write=write)
             pending = None
             try:
@@ -224,18 +232,20 @@ class Load:
         patience_s: float | None = None,
         bound: tuple[Daemon, ...] = (),
     ) -> None:
-        """`bound`: a reader more for each of these, which asks nobody else, with endless patience."""
+        """`bound`: a reader more for each of these, which asks nobody else. What overlaps a write in flight is not
+        answered, so it reads here and there and soon asks for another block, on another connection."""
         self.pair = pair
         self.history = History(
             pair.folder / f"journal-{rng.getrandbits(48):x}", rng.getrandbits(48), pair.size // BLOCK
         )
         self._waiters: list[threading.Thread] = []
         self._clients = [
-            Client(self.history, pair.nodes, rng.getrandbits(32), writes=0.6, patience_s=patience_s)
+            Client(self.history, pair.nodes, rng.getrandbits(32), writes=0.6, hot=0.5, patience_s=patience_s)
             for _ in range(clients)
         ]
         self._clients += [
-            Client(self.history, (node,), rng.getrandbits(32), writes=0.0, patience_s=None) for node in bound
+            Client(self.history, (node,), rng.getrandbits(32), writes=0.0, hot=0.0, patience_s=BOUND_S)
+            for node in bound
         ]
 
     def __enter__(self) -> Self:
