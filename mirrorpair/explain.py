@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from mirrorpair.foresee import foresee
+from mirrorpair.rolecommands import outlived
 from mirrorpair.rolewords import Phase, Promote, State
 
 
@@ -85,6 +86,8 @@ def _findings(state: State, promote: Promote, now: int, *, witness: bool | None,
         None if known else f"the register knows {me} as another one than this: it was made anew, or its state replaced",
         f"{me} is the very node that the register means",
     )
+    if not state.in_sync:
+        add("F17 register", outlived(state), f"nothing says that the register was lost: {peer} has seen no later epoch")
     lost = state.boot_lost and any(name != me for name in state.in_sync)
     add(
         "A4 boot",

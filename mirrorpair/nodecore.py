@@ -159,6 +159,7 @@ class Core:
             suspect_ns=self.timing.suspect_ns,
             retry_ns=self.timing.interval_ns,
             failback_ns=self._failback_ns(),
+            preferred=config.prefer == name,
         )
         self.link: Link | None = None
         self.refusal: Refusal | None = None

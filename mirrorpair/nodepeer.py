@@ -434,7 +434,7 @@ class PeerSide:
         self._core.link = link
         self._core.refusal = None
         self._core.view.linked(link)
-        self._core.post(LinkUp())
+        self._core.post(LinkUp(source))
         for volume, decision in zip(self._core.open.volumes, made.agreement.decisions, strict=True):
             log.info("volume %s: %s from %s: %s", volume.name, decision.amount, made.plan.source, decision.reason)
         if source:

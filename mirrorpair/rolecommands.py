@@ -4,7 +4,8 @@ Rules:
 - A3 Only a member of the in-sync set, with usable disks, is promoted; a person may override what would lose data, never
   what would serve garbage. What would be lost is told.
 - A11 A promise is waited for, or overridden by force.
-- F17 A register that was lost is made anew only by a person, at the primary.
+- F17 A register that was lost is made anew only by a person. Before an empty one the node with the lower recorded epoch
+  is not promoted: the other one may hold what it lacks.
 - One change of roles at a time: who comes meanwhile is told to try again.
 """
 
@@ -47,6 +48,8 @@ def promote(state: State, event: Event, now: int) -> Step:
                 f"{me} is not in sync: {peer} has acknowledged writes that would be lost "
                 "(--accept-data-loss gives them up)",
             )
+        if (reason := outlived(state)) is not None:
+            return refuse(state, f"{reason} (--accept-data-loss gives up what only {peer} has)")
         if state.boot_lost and state.peer_in_sync:
             return refuse(
                 state,
@@ -76,6 +79,16 @@ def _member(state: State) -> bool:
     return state.me in state.in_sync or not state.in_sync
 
 
+def outlived(state: State) -> str | None:
+    """F17, A15: who was in sync is not known here, and the peer remembers more than this node. Why that matters."""
+    if state.in_sync or state.peer_epoch <= state.epoch:
+        return None
+    return (
+        f"{state.peer} has recorded epoch {state.peer_epoch}, {state.me} only {state.epoch}, and the register names "
+        f"nobody: it was lost, or not read yet, and {state.peer} may hold acknowledged writes that {state.me} lacks"
+    )
+
+
 def _unknown(state: State) -> bool:
     """Whether the peer may hold writes that nobody here has heard of."""
     return not state.peer_up and not state.peer_left and not state.sole
@@ -84,7 +97,7 @@ def _unknown(state: State) -> bool:
 def given_up(state: State) -> str:
     """What a promotion of this node would lose, as the end of a sentence."""
     unknown = _unknown(state) and not state.arbitrated
-    lacks = not _member(state) or unknown or (state.boot_lost and state.peer_in_sync)
+    lacks = not _member(state) or unknown or outlived(state) is not None or (state.boot_lost and state.peer_in_sync)
     return f"; what only {state.peer} has is given up" if lacks else ""
 
 

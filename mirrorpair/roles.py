@@ -14,6 +14,7 @@ says at once whether the role may be taken back, and a SECONDARY whose primary i
     SECONDARY   --own promise over, the primary of record silent or without its role-->  ACQUIRING
     SECONDARY   --the process of the primary of record is proven to have ended-->  ACQUIRING
     SECONDARY   --the register names it-->  ACQUIRING
+    SECONDARY   --nobody was ever primary, it is preferred, the linked peer holds nothing more-->  ACQUIRING (A15)
 
 Rules:
 - A0 After a swap of which nothing is known the safer of both outcomes is assumed, until a later one is ok.
@@ -94,6 +95,7 @@ from mirrorpair.rolewords import (
 )
 from mirrorpair.takeover import (
     acquire_again,
+    bootstrap,
     new_epoch,
     overtaken,
     peer_died,
@@ -312,8 +314,9 @@ def _peer_left(state: State, _event: Event, now: int) -> Step:
     return Step(lost.state, (DropLink(why), *lost.actions), lost.sentence)
 
 
-def _link_up(state: State, _event: Event, _now: int) -> Step:
-    return stay(change(state, linked=True), f"{state.me} and {state.peer} are linked")
+def _link_up(state: State, event: Event, _now: int) -> Step:
+    assert isinstance(event, LinkUp)
+    return stay(change(state, linked=True, whole=event.source), f"{state.me} and {state.peer} are linked")
 
 
 def _primary_link_up(state: State, _event: Event, _now: int) -> Step:
@@ -366,7 +369,8 @@ def _synced(state: State, event: Event, _now: int) -> Step:
 
 
 def _caught_up(state: State, _event: Event, _now: int) -> Step:
-    return stay(change(state, crashed=False, boot_lost=False), f"{state.me} has the same data as {state.peer}")
+    changed = change(state, crashed=False, boot_lost=False, whole=state.linked)
+    return stay(changed, f"{state.me} has the same data as {state.peer}")
 
 
 def _record_changed(state: State, event: Event, now: int) -> Step:
@@ -393,6 +397,8 @@ def _record_changed(state: State, event: Event, now: int) -> Step:
         if changed.phase is Phase.SECONDARY and event.primary == state.me:
             done = take_back(changed)
             return done if done.actions else stay(watch(done.state, now + state.suspect_ns), done.sentence)
+        if (begun := bootstrap(changed)) is not None:
+            return begun
         at = now + state.suspect_ns if changed.peer_up else max(now, changed.bound_until_ns)
         return stay(watch(changed, at), sentence)
     # The peer's own swap comes here before its next heartbeat does.
@@ -491,6 +497,8 @@ def _swapped(state: State, event: Event, now: int) -> Step:
             changed = change(changed, deadline_ns=now + state.retry_ns)
         return stay(_watching(changed, now), f"{state.peer} is not known to be in the set: {event.why}")
     if event.swap.purpose != "release":
+        if (begun := bootstrap(state)) is not None:
+            return begun
         return stay(_watching(state, now), f"the in-sync set is {', '.join(state.in_sync)}")
     answered = state.answering
     if not event.ok and not event.unknown:

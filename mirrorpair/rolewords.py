@@ -15,9 +15,19 @@ import msgspec
 RoleName = Literal["primary", "secondary"]
 Survivor = Literal["primary", "secondary"]
 Purpose = Literal[
-    "promote", "readopt", "takeover", "raise", "shrink", "expand", "release", "handoff", "abdicate", "hold"
+    "bootstrap",
+    "promote",
+    "readopt",
+    "takeover",
+    "raise",
+    "shrink",
+    "expand",
+    "release",
+    "handoff",
+    "abdicate",
+    "hold",
 ]
-ACQUISITIONS: frozenset[Purpose] = frozenset({"promote", "readopt", "takeover"})
+ACQUISITIONS: frozenset[Purpose] = frozenset({"bootstrap", "promote", "readopt", "takeover"})
 
 FAILED = 1
 REFUSED = 12
@@ -72,6 +82,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """how long clients may be kept waiting before the swap of a handoff is sent"""
     failback_ns: int | None = None
     """the peer is the preferred primary and gets the role back by itself once it has been in sync for so long"""
+    preferred: bool = False
+    """arbitrated: it becomes the first primary by itself (A15)"""
     phase: Phase = Phase.SECONDARY
     epoch: int = 0
     primary: str | None = None
@@ -83,6 +95,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     """it stopped gracefully, and has not been seen since"""
     linked: bool = False
     """a data link is attached"""
+    whole: bool = False
+    """linked, as no primary: the peer holds nothing that is not here"""
     last_heard_ns: int | None = None
     deadline_ns: int | None = None
     bound_until_ns: int = 0
@@ -228,7 +242,9 @@ class PeerLeft(msgspec.Struct, frozen=True):
 
 
 class LinkUp(msgspec.Struct, frozen=True):
-    """A data link is attached to the engine."""
+    """A data link is attached to the engine. `source`: this node is its source."""
+
+    source: bool = False
 
 
 class LinkLost(msgspec.Struct, frozen=True):

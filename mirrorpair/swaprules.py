@@ -8,6 +8,8 @@ Rules:
 - A11 Nothing is taken from the primary of record while this node's own promise to it runs, unless a person forces it,
   who knows that it serves no more.
 - A19 A paused pair changes its primary only when a person asks; F16 a latched one still fails over from a dead primary.
+- A15 The first epoch follows only from a record in which nobody was ever primary; as it is unasked, not while the pair
+  is paused.
 - A1 The set changes only at the epoch and under the primary for which that was decided.
 - A0 A record that an earlier attempt of the same swap has written is no reason against the next one, which must follow:
   only its success says that none of them is still on its way.
@@ -75,7 +77,9 @@ def objection(swap: Swap, me: str, read: Read) -> str | None:
         return f"the register says that {read.primary or 'nobody'} is primary"
     if swap.purpose == "takeover" and read.primary in (None, me):
         return f"the register says that {read.primary or 'nobody'} is primary, from whom there is nothing to take over"
-    if swap.purpose == "takeover" and read.pause:
+    if swap.purpose == "bootstrap" and (read.epoch or read.primary is not None):
+        return f"the register is not new: somebody was primary of epoch {read.epoch}"
+    if swap.purpose in ("bootstrap", "takeover") and read.pause:
         return "the pair is paused"
     if read.bound and read.primary not in (None, me) and not swap.forced:
         return f"{me} has promised {read.primary} not to take over yet"

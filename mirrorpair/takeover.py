@@ -1,6 +1,9 @@
-"""Arbitrated pair: how a node takes over from a silent peer, or takes its own role back. Pure.
+"""Arbitrated pair: how a node takes over from a silent peer, takes its own role back, or is the first primary. Pure.
 
-Rules: A0, A3, A4, A11 and A13, as roles.py and swaprules.py have them.
+Rules: A0, A3, A4, A11 and A13, as roles.py and swaprules.py have them, and
+- A15 Before the first epoch nobody is primary. The preferred node takes it by itself once the two are linked and the
+  peer holds nothing that it lacks (both were new, or it alone holds data, or it has been sent everything): only if
+  neither of the two has ever recorded an epoch. Otherwise an empty register is one that was lost (F17).
 """
 
 from __future__ import annotations
@@ -37,16 +40,36 @@ def take_over(state: State, now: int) -> Step:
         done = take_back(state)
         return done if done.actions else stay(later, done.sentence)
     if state.primary is None:
-        return stay(change(state, deadline_ns=None))  # a person has to promote one; or it is not known yet
+        # Not known yet; or nobody is, and a person has to promote one, unless this one begins (A15).
+        return stay(later if state.preferred and not state.epoch else change(state, deadline_ns=None))
     if state.boot_lost:
         return stay(later, f"{state.me} lost its boot: it takes nothing over before it has what {state.peer} has")
     lost = f"{state.peer} is there without the role" if state.peer_up else f"{state.peer} is silent"
     return acquire(state, "takeover", (state.me,), lost)
 
 
+def bootstrap(state: State) -> Step | None:
+    """A15; None: this is not the time. A peer that is about to enter the set enters it first: then the two need not be
+    compared anew."""
+    if not (state.arbitrated and state.preferred) or state.phase is not Phase.SECONDARY or state.stopping:
+        return None
+    if state.epoch or state.peer_epoch or state.primary is not None or state.paused or state.boot_lost:
+        return None
+    if not (state.peer_up and state.peer_role == "secondary" and state.linked and state.whole):
+        return None
+    member = state.peer in state.in_sync
+    if state.expanding != "no" or (state.equal and not member):
+        return None
+    in_sync = tuple(sorted((state.me, state.peer))) if member else (state.me,)
+    why = f"nobody was ever primary, it is preferred, and {state.peer} holds nothing that it lacks"
+    return acquire(state, "bootstrap", in_sync, why)
+
+
 def secondary_tick(state: State, event: Event, now: int) -> Step:
     if state.deadline_ns is None or now < state.deadline_ns:
         return stay(state)
+    if (begun := bootstrap(state)) is not None:
+        return begun
     if state.arbitrated and (state.primary is not None or not (state.linked and state.equal)):
         return take_over(state, now)
     return expand_again(state, event, now)

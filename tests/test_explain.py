@@ -60,6 +60,7 @@ def test_a_standby_whose_primary_is_gone_takes_over() -> None:
         ({"in_sync": ("alpha",)}, {}, "A3 in sync", False, False),
         ({"boot_lost": True}, {}, "A4 boot", False, False),
         ({}, {"known": False}, "A8", False, False),
+        ({"in_sync": (), "primary": None, "epoch": 0, "peer_epoch": 7}, {}, "F17 register", False, False),
         ({}, {"witness": False}, "F7 witness", False, False),
         ({"paused": True}, {}, "A19 pause", True, False),
         ({"stopping": True}, {}, "A18 stop", False, False),

@@ -407,6 +407,103 @@ def test_survivor_secondary_freezes_instead_of_going_on() -> None:
 # --- promotion
 
 
+# --- the first primary (A15)
+
+
+def unborn(**changes: Any) -> State:
+    """alpha, preferred; nobody was ever primary."""
+    plain: dict[str, Any] = {"arbitrated": True, "preferred": True, "deadline_ns": 0}
+    return state(**{**plain, **changes})
+
+
+MEETING: list[Event] = [PeerUp("secondary", 0), LinkUp(source=True)]
+EXPANDED = Swapped(Swap("expand", 0, None, BOTH, needs_peer=True), True)
+
+
+def test_a15_the_preferred_of_two_new_nodes_takes_the_first_epoch_once_both_are_in_the_set() -> None:
+    met, actions = run(unborn(), *MEETING, CaughtUp(), Synced())
+    assert swap_of(actions).purpose == "expand"
+    begun, actions = run(met, Tick(), now=5 * S)
+    assert (begun.phase, actions) == (Phase.SECONDARY, [])  # the peer enters the set first
+    begun, actions = run(met, EXPANDED, now=5 * S)
+    assert swap_of(actions) == Swap("bootstrap", 1, "alpha", BOTH, needs_peer=True)
+    first, _ = run(begun, Swapped(swap_of(actions), True))
+    assert (first.role, first.epoch, first.in_sync) == ("primary", 1, BOTH)
+
+
+def test_a15_also_at_the_other_end_of_the_link_which_reads_that_both_are_in_sync() -> None:
+    met, actions = run(unborn(), PeerUp("secondary", 0), LinkUp(source=False), CaughtUp(), RecordChanged(0, None, BOTH))
+    assert swap_of(actions) == Swap("bootstrap", 1, "alpha", BOTH, needs_peer=True)
+    assert met.phase is Phase.ACQUIRING
+
+
+def test_a15_who_alone_holds_data_does_not_wait_until_they_are_copied() -> None:
+    met, _ = run(unborn(), *MEETING)
+    begun, actions = run(met, Tick(), now=5 * S)
+    assert swap_of(actions) == Swap("bootstrap", 1, "alpha", ("alpha",), needs_peer=True)
+    first, actions = run(begun, Swapped(swap_of(actions), True))
+    assert (first.role, first.in_sync) == ("primary", ("alpha",))
+
+
+def test_a15_who_lacks_the_peers_data_waits_until_it_has_them() -> None:
+    met, actions = run(unborn(), PeerUp("secondary", 0), LinkUp(source=False), Tick(), now=5 * S)
+    assert actions == []
+    assert met.deadline_ns is not None  # it looks again
+    _, actions = run(met, CaughtUp(), RecordChanged(0, None, BOTH), now=9 * S)
+    assert swap_of(actions).purpose == "bootstrap"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preferred": False},
+        {"arbitrated": False},
+        {"epoch": 3},
+        {"paused": True},
+        {"boot_lost": True},
+        {"stopping": True},
+        {"linked": False},
+        {"whole": False},
+        {"peer_up": False},
+        {"peer_epoch": 7},
+        {"peer_role": "primary"},
+        {"expanding": "unknown"},
+        {"primary": "beta"},
+    ],
+)
+def test_a15_otherwise_nobody_is_primary_before_a_person_says_so(changes: dict[str, Any]) -> None:
+    """F17 among them: where either has recorded an epoch an empty register is one that was lost."""
+    plain: dict[str, Any] = {"peer_up": True, "peer_role": "secondary", "linked": True, "whole": True, "in_sync": BOTH}
+    _, actions = run(unborn(**plain), Tick(), now=5 * S)
+    assert swap_of(actions).purpose == "bootstrap"
+    for event in (Tick(), RecordChanged(changes.get("epoch", 0), changes.get("primary"), BOTH, "paused" in changes)):
+        _, actions = run(unborn(**{**plain, **changes}), event, now=5 * S)
+        assert not any(isinstance(action, Swap) and action.purpose == "bootstrap" for action in actions)
+
+
+def test_a15_a_first_epoch_that_nobody_could_be_asked_for_is_asked_for_again_later() -> None:
+    met, _ = run(unborn(), *MEETING)
+    begun, actions = run(met, Tick(), now=5 * S)
+    failed = Swapped(swap_of(actions), False, "the witness cannot be reached")
+    waiting, actions = run(begun, failed, now=6 * S)
+    assert actions == []
+    assert waiting.wake_ns == 6 * S + SUSPECT
+    _, actions = run(waiting, Tick(), now=6 * S + SUSPECT)
+    assert swap_of(actions).purpose == "bootstrap"
+
+
+def test_f17_a_blank_node_before_an_empty_register_is_not_promoted_beside_one_that_remembers_an_epoch() -> None:
+    for peer_up in (True, False):
+        blank = state(arbitrated=True, peer_up=peer_up, peer_role="secondary" if peer_up else None, peer_epoch=7)
+        _, actions = run(blank, promote())
+        assert answer_of(actions).code == 12
+        assert "beta has recorded epoch 7, alpha only 0" in answer_of(actions).message
+        _, actions = run(blank, promote(accept_data_loss=True))
+        assert (swap_of(actions).epoch, swap_of(actions).overrides) == (8, True)
+    _, actions = run(state(arbitrated=True, peer_up=True, peer_role="secondary", peer_epoch=7, epoch=7), promote())
+    assert swap_of(actions).epoch == 8
+
+
 def test_a3_a_member_is_promoted_and_the_epoch_rises() -> None:
     before = state(epoch=7, in_sync=BOTH, peer_up=True, peer_role="secondary", peer_epoch=9, linked=True)
     acquiring, actions = run(before, promote())

@@ -139,6 +139,7 @@ class Machine:
             suspect_ns=SUSPECT,
             retry_ns=S // 4,
             failback_ns=4 * S if self.world.prefer == self.peer else None,
+            preferred=self.world.prefer == self.name,
         )
         self.paused_clients = False
         self.up = True
@@ -449,7 +450,7 @@ class World:
         if source.other.data != source.data or not source.other.sound:
             source.other.sound = False
         for machine in self.machines:
-            machine.inbox.append(LinkUp())
+            machine.inbox.append(LinkUp(machine is source))
         self.told = False
 
     def resync(self) -> None:
