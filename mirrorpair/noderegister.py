@@ -35,7 +35,7 @@ from mirrorpair.errors import MirrorpairError, PeerTimeoutError, RefusedError, U
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.rolewords import ACQUISITIONS, FAILED, WRONG_ROLE, Phase, RecordChanged, Swapped
 from mirrorpair.swaprules import Read, objection
-from mirrorpair.witness.client import WitnessRegister
+from mirrorpair.witness.client import StaleRecordError, WitnessRegister
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -96,6 +96,10 @@ class WitnessSide:
         )
         self.reachable = False
         """at the last request"""
+        self.trouble: str | None = None
+        """of the last request"""
+        self.disbelieved = False
+        """its record is older than what this node has seen (F17)"""
         self._trouble: type | None = None
         self.known = (0, 0)
         """epoch and version of the record that the state is made of; version 0: none was read yet"""
@@ -152,6 +156,8 @@ class WitnessSide:
     def _say(self, error: MirrorpairError | None) -> None:
         """Each kind of trouble once, and its end."""
         self.reachable = error is None
+        self.trouble = None if error is None else str(error)
+        self.disbelieved = isinstance(error, StaleRecordError)
         if type(error) is self._trouble:
             return
         self._trouble = type(error)

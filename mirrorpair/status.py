@@ -86,8 +86,13 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arbiter(msgspec.Struct, frozen=True, kw_only=True):
+    """`reachable`: it gave its record when it was last asked; else `trouble` says why not. `disbelieved`: it has one,
+    but an older one than this node has seen (F17)."""
+
     kind: Literal["witness", "etcd", "none"]
     reachable: bool
+    trouble: str | None = None
+    disbelieved: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
@@ -495,6 +500,13 @@ def _behind(status: Status) -> _Verdict | None:
 def _arbiter(status: Status) -> _Verdict | None:
     if status.arbiter.kind == "none" or status.arbiter.reachable:
         return None
+    if status.arbiter.disbelieved:
+        return _Verdict(
+            "degraded",
+            "arbiter not believed",
+            f"{status.arbiter.trouble or 'the record is an old one'}: both nodes go on, but no role can change",
+            "`mirrorpair promote --accept-data-loss` at the primary, with its peer connected, has the record made anew",
+        )
     return _Verdict(
         "degraded",
         "arbiter not reachable",

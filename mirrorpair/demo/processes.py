@@ -45,6 +45,7 @@ _CONFIG = """\
 [pair]
 name = "demo"
 arbiter = "witness"
+prefer = "alpha"
 
 [heartbeat]
 profile = "{profile}"

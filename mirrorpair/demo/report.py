@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mirrorpair.control import Working
 
 StepName = Literal[
-    "init", "start", "promote", "write", "kill", "failover", "return", "resync", "failback", "verify", "cut", "freeze",
+    "init", "start", "begin", "write", "kill", "failover", "return", "resync", "failback", "verify", "cut", "freeze",
     "thaw",
 ]  # fmt: skip
 

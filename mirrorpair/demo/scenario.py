@@ -1,6 +1,6 @@
 """The demo's steps, in their order, and what each of them has to show.
 
-    init, start, promote     alpha primary, beta in sync, a witness
+    init, start, begin       alpha, which is preferred, becomes primary by itself; beta in sync; a witness
     write                    clients write through NBD; the journal has what was acknowledged
     kill, failover           SIGKILL of alpha while it writes; beta takes over by itself; all acknowledged is there
     write, return, resync    beta alone; alpha comes back, and gets what differs while clients write
@@ -135,11 +135,9 @@ class Demo:
             process.until_ready()
         shown = ", ".join(f"{name} (pid {pid})" for name, pid in stage.pids().items())
         self.tell("start", f"{shown}: real processes, joined by unix sockets")
-        stage.alpha.wait("connected")
-        with stage.alpha.admin() as daemon:
-            daemon.promote()
+        stage.alpha.wait("primary")
         self._both_synced()
-        self.tell("promote", f"{self._who(stage.alpha)}; alpha and beta are in sync")
+        self.tell("begin", f"{self._who(stage.alpha)}, since it is preferred; alpha and beta are in sync")
 
     @contextmanager
     def serving_clients(self) -> Iterator[None]:

@@ -119,7 +119,7 @@ def test_the_whole_of_it(tmp_path: Path) -> None:
     assert done.stderr == ""
     steps = [line for line in lines if line["type"] == "step"]
     assert " ".join(line["step"] for line in steps) == (
-        "init start promote write kill failover verify write return resync failback verify verify "
+        "init start begin write kill failover verify write return resync failback verify verify "
         "start cut freeze thaw verify"
     )
     assert (result["type"], result["op"], result["passed"], result["finished"]) == ("result", "demo", True, True)
@@ -319,7 +319,7 @@ def test_kept_is_everything_and_it_is_said_where(tmp_path: Path) -> None:
     ) as demo:
         assert demo.stderr is not None
         try:
-            until_step(demo.stderr, "promote")
+            until_step(demo.stderr, "begin")
             demo.send_signal(signal.SIGINT)
             told = demo.stderr.read()
             assert demo.wait(HANG_S) == 130

@@ -227,6 +227,10 @@ def test_f17_a_witness_that_lost_the_record_is_not_believed_and_the_roles_stay(p
         path.unlink()
     pair.witness.start()
     until(pair.beta, lambda: all("restored from an older copy" in node.log() for node in pair.nodes))
+    for node in pair.nodes:
+        status = node.status()
+        assert (status.summary, status.arbiter.disbelieved) == ("arbiter not believed", True)
+        assert "promote --accept-data-loss" in status.action
     serve(pair.alpha, model)
     pair.alpha.kill()
     until(pair.beta, lambda: pair.beta.log().count("beta did not become primary") > 0)
