@@ -122,6 +122,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         """The lone pair's copy of the register."""
         return f"{self.folder}/register"
 
+    @property
+    def history_file(self) -> str:
+        return f"{self.folder}/history"
+
     def meta_path(self, volume: str) -> str:
         """The metadata file of this volume on this node."""
         return f"{self.folder}/{volume}.meta"
@@ -531,6 +535,7 @@ def _uses(config: Config, node: Node) -> Iterator[_Use]:
         yield _Use(f"{at}.image.{dotted((volume.name,))}", node.images[volume.name])
     # What `init` makes in the folder; other things may lie beside them.
     yield _Use(f"{at}.state-dir (its node file)", node.node_file)
+    yield _Use(f"{at}.state-dir (its history)", node.history_file)
     for volume in config.volumes:
         yield _Use(f"{at}.state-dir (the metadata of {volume.name})", node.meta_path(volume.name))
 

@@ -26,6 +26,7 @@ from mirrorpair._core import Engine
 from mirrorpair.admin import AdminServer
 from mirrorpair.arbiter import Register
 from mirrorpair.arbiter.lone import LoneRegister
+from mirrorpair.chronicle import Scribe
 from mirrorpair.errors import (
     LocalError,
     MirrorpairError,
@@ -107,7 +108,15 @@ class Node:
         if core.config.arbiter == "witness":
             core.witness = WitnessSide(core)
             stack.push_async_callback(core.witness.close)
-        core.view = NodeView(core)
+        scribe = await asyncio.to_thread(Scribe, core.me.history_file)
+        core.view = NodeView(core, scribe)
+        writing = asyncio.get_running_loop().create_task(scribe.write_on())
+
+        async def written() -> None:
+            scribe.close()
+            await writing
+
+        stack.push_async_callback(written)
         core.peer_link = PeerLink(
             PeerSide(core),
             node=core.name,
@@ -139,6 +148,7 @@ class Node:
         loop = asyncio.get_running_loop()
         loop.add_reader(core.engine.event_fd, core.engine_events)
         stack.callback(loop.remove_reader, core.engine.event_fd)
+        core.view.began(started)
         core.step(started)
         core.spawn(core.work())
         core.spawn(core.watch_disk())

@@ -247,6 +247,7 @@ class Core:
             self.view.stepped(before, state, sentence)
         else:
             log.debug("%s", sentence)
+        self.view.look_at_disks(sentence)
         self.renew_grant()
         self._tell_roles(before, state)
         self._arm()
@@ -497,6 +498,7 @@ class Core:
 
     def volume_equal(self, link: Link, index: int) -> None:
         link.open_volumes.discard(index)
+        self.view.look_at_disks("its resync has ended")
         if self.link is link and not link.open_volumes:
             self.all_equal(link)
 
@@ -524,7 +526,7 @@ class Core:
         log.error("volume %s: %s", volume.name, text)
         if volume.failed is None:
             volume.failed = text
-            self.view.event("disk", volume.failed, volume=volume.name, new="failed")
+            self.view.look_at_disks(volume.failed)
             self.post(DiskFailed(f"volume {volume.name}: {text}"))
 
     async def watch_disk(self) -> None:
@@ -540,12 +542,12 @@ class Core:
                 for volume in hung:
                     volume.failed = f"a disk operation has not ended for {stuck:.0f} s"
                     log.error("volume %s: %s", volume.name, volume.failed)
-                    self.view.event("disk", volume.failed, volume=volume.name, new="failed")
+                    self.view.look_at_disks(volume.failed)
                 self.post(DiskFailed(f"an operation has not ended for {stuck:.0f} s"))
             elif hung and stuck < STUCK_S:
                 for volume in hung:
                     volume.failed = None
-                    self.view.event("disk", "what hung has ended", volume=volume.name, old="failed")
+                    self.view.look_at_disks("what hung has ended")
                 hung = []
                 if self.open.obstacle() is None:
                     self.post(DiskWell())

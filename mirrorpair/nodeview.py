@@ -30,12 +30,13 @@ from mirrorpair.status import (
 
 if TYPE_CHECKING:
     from mirrorpair._core import Engine
+    from mirrorpair.chronicle import Scribe
     from mirrorpair.config import Config
     from mirrorpair.config import Node as NodeConfig
     from mirrorpair.history import Decision, DiskState
     from mirrorpair.peerlink import PeerLink
     from mirrorpair.peermessages import Beat
-    from mirrorpair.rolewords import State
+    from mirrorpair.rolewords import Started, State
     from mirrorpair.status import EventKind, Serving
     from mirrorpair.status import Link as LinkName
     from mirrorpair.volumes import OpenNode, OpenVolume
@@ -52,6 +53,8 @@ class WitnessLike(Protocol):
     """Its witness, as far as it is shown."""
 
     reachable: bool
+    trouble: str | None
+    disbelieved: bool
 
 
 class NodeLike(Protocol):
@@ -77,8 +80,10 @@ class NodeLike(Protocol):
 
 
 class NodeView:
-    def __init__(self, node: NodeLike) -> None:
+    def __init__(self, node: NodeLike, scribe: Scribe) -> None:
+        """`scribe`: keeps changes of the role and of the disks for longer than this process lives."""
         self._node = node
+        self._scribe = scribe
         self._began = time.monotonic()
         self._meters: dict[int, ResyncMeter] = {}
         self._change: tuple[str, str, float] | None = None
@@ -89,8 +94,24 @@ class NodeView:
     def event(
         self, kind: EventKind, reason: str, *, volume: str | None = None, old: str | None = None, new: str | None = None
     ) -> None:
-        epoch = self._node.state.epoch
-        self.log.add(time.time(), kind, reason, epoch=epoch, volume=volume, old=old, new=new)
+        epoch, now = self._node.state.epoch, time.time()
+        self.log.add(now, kind, reason, epoch=epoch, volume=volume, old=old, new=new)
+        if kind in ("role", "disk") and new is not None:
+            self._scribe.add(now, self._node.name, epoch, kind, reason, volume=volume, old=old, new=new)
+
+    def began(self, started: Started) -> None:
+        """An earlier daemon may have ended as primary, and could not write down that it did."""
+        if self._scribe.last("role") == "primary":
+            how = "" if started.clean else ", without a clean stop"
+            reason = f"the daemon of {self._node.name} was started; the one before it ended as primary{how}"
+            self.event("role", reason, old="primary", new=self._node.state.role)
+
+    def look_at_disks(self, reason: str) -> None:
+        """What has changed of them is an event."""
+        for volume in self._node.open.volumes:
+            old, new = self._scribe.last("disk", volume.name), self.disk(volume)
+            if old != new:
+                self.event("disk", reason, volume=volume.name, old=old, new=new)
 
     def stepped(self, before: State, state: State, sentence: str) -> None:
         if before.role != state.role:
@@ -147,7 +168,7 @@ class NodeView:
                     address=str(node.peer.address),
                     version=control.hello.version if control is not None and control.hello is not None else None,
                 ),
-                arbiter=Arbiter(kind=node.config.arbiter, reachable=node.witness is None or node.witness.reachable),
+                arbiter=self._arbiter(),
                 volumes=[self._volume(volume) for volume in node.open.volumes],
                 serving=self._serving(),
                 held=self._held(),
@@ -165,6 +186,12 @@ class NodeView:
                 version=__version__,
             )
         )
+
+    def _arbiter(self) -> Arbiter:
+        kind, witness = self._node.config.arbiter, self._node.witness
+        if witness is None:
+            return Arbiter(kind=kind, reachable=True)
+        return Arbiter(kind=kind, reachable=witness.reachable, trouble=witness.trouble, disbelieved=witness.disbelieved)
 
     def _link_name(self, age_ns: int | None) -> LinkName:
         node = self._node

@@ -18,6 +18,7 @@ import pytest
 from adminside import Daemon, daemon_at, resyncing, status, volume
 from farside import LIMIT_S, MIRRORPAIR, environment, run_cli, running
 
+from mirrorpair.chronicle import Chronicle, Entry
 from mirrorpair.cli.live import ResultLine
 from mirrorpair.cli.logs import JsonFormatter, PlainFormatter, RepeatFilter
 from mirrorpair.cli.online import OnlineLine, PlanLine, Totals, plan_sentence
@@ -193,7 +194,7 @@ def test_without_a_daemon_it_is_11_and_one_sentence(cli: Any, command: list[str]
     assert lines_of(cli(*command, "--json").stdout)[-1]["code"] == 11
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["run"]], ids=" ".join)
+@pytest.mark.parametrize("command", [*COMMANDS, ["run"], ["history"]], ids=" ".join)
 def test_a_wrong_configuration_is_10(cli: Any, config: Path, command: list[str]) -> None:
     config.write_text(CONFIG + "colour = 1\n")
     done = cli(*command)
@@ -221,6 +222,7 @@ def test_which_node_this_is(daemon: Daemon, config: Path) -> None:
         ["status", "extra"],
         ["promote", "--force"],
         ["events", "--since", "-1"],
+        ["history", "--since", "-1"],
         ["resync"],
         ["resync", "data"],
         ["resync", "data", "--json"],
@@ -339,6 +341,35 @@ def test_events(daemon: Daemon, cli: Any) -> None:
     assert [event["seq"] for event in found] == [1, 2]
     assert {event["schema"] for event in found} == {"mirrorpair.event/1"}
     assert cli("events", "--since", "2").stdout == ""
+
+
+def test_history_needs_no_daemon(cli: Any, tmp_path: Path) -> None:
+    assert (done := cli("history")).returncode == 0
+    assert done.stdout == done.stderr == ""
+    folder = tmp_path / "beta" / "shop.beta"
+    folder.mkdir(parents=True)
+    Chronicle(str(folder / "history")).append(
+        [
+            Entry(seq=1, time_s=0.0, node="beta", epoch=7, kind="role", old="secondary", new="primary", reason="asked"),
+            Entry(seq=2, time_s=1.0, node="beta", epoch=7, kind="disk", volume="data", new="failed", reason="EIO"),
+        ]
+    )
+    assert cli("history").stdout.splitlines() == [
+        "1  1970-01-01 00:00:00Z  epoch 7  role       secondary -> primary  asked",
+        "2  1970-01-01 00:00:01Z  epoch 7  disk data  failed                EIO",
+    ]
+    found = lines_of(cli("history", "--json", "--since", "1").stdout)
+    assert [(one["schema"], one["seq"], one["from"], one["to"]) for one in found] == [
+        ("mirrorpair.history/1", 2, None, "failed")
+    ]
+    with (folder / "history").open("ab") as file:
+        file.write(b"rubbish\n")
+    done = cli("history")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+    assert "1 damaged lines are passed over" in done.stderr
+    (folder / "history").unlink()
+    (folder / "history").mkdir()
+    assert cli("history").returncode == 1
 
 
 # --- resync

@@ -34,7 +34,7 @@ ROWS = [
     *PURE_ROWS,
     ["_core", "_linux"],
     ["interrupts", "jsontypes", "linux", "sentinel", "service"],
-    ["address", "arbiter", "blockstack", "control", "identity", "newfile", "twofold"],
+    ["address", "arbiter", "blockstack", "chronicle", "control", "identity", "newfile", "twofold"],
     ["config", "metadata"],
     ["admin", "drive", "image", "outcome", "transport"],
     ["nodecheck", "peermessages", "peersocket", "remote", "unbuilt", "unwritten", "volumes"],

@@ -20,6 +20,7 @@ from mirrorpair.units import format_clock, format_percent, format_progress, form
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from mirrorpair.chronicle import Entry
     from mirrorpair.status import Event, Health, Resync, Status, Volume
 
 BAR_WIDTH = 14
@@ -71,6 +72,24 @@ def event_lines(events: Sequence[Event]) -> list[str]:
                 printable(event.reason),
             ]
         )
+    return _aligned(rows, right={0})
+
+
+def history_lines(entries: Sequence[Entry]) -> list[str]:
+    """One line a change: number, time (UTC), epoch, role or the volume's disk, what changed to what, why."""
+    from datetime import UTC, datetime
+
+    rows = [
+        [
+            str(entry.seq),
+            datetime.fromtimestamp(entry.time_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ"),
+            f"epoch {entry.epoch}",
+            "role" if entry.volume is None else f"disk {printable(entry.volume)}",
+            " -> ".join(printable(value) for value in (entry.old, entry.new) if value),
+            printable(entry.reason),
+        ]
+        for entry in entries
+    ]
     return _aligned(rows, right={0})
 
 
