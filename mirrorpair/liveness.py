@@ -9,7 +9,8 @@ Rules:
   since it does not know what it promised before. A promise never gets shorter by a later one.
 - Both roundings are to the safe side: validity down, obligation up. With clocks whose rates differ by less than rho
   the holder's end is before the giver's, whatever the network does to the two messages (a test draws many).
-- A beat is answered once: an unknown, repeated or forgotten sequence number gives nothing.
+- A beat is answered once: an unknown, repeated or forgotten sequence number gives nothing. So whatever goes over
+  several paths, in any order and more than once, gives what its first answer gives.
 - Silence is suspicion, never proof: `suspect_ns` after the last word the peer counts as gone for answering writes; only
   a promise that has run out says that it may not act.
 """
@@ -23,7 +24,7 @@ import msgspec
 RHO_PER_MILLE = 10
 DELTA_NS = 100_000_000
 MAX_PROMISE_NS = 3600 * 10**9
-KEPT_BEATS = 64
+KEPT_BEATS = 512  # over all paths
 
 _MILLE = 1000
 
@@ -84,6 +85,10 @@ class Beats:
             self._sent.popitem(last=False)
         return seq
 
+    def sent_ns(self, seq: int) -> int | None:
+        """When a beat that has not been answered yet was sent."""
+        return self._sent.get(seq)
+
     def reply(self, seq: int, promise_ns: int, now: int) -> bool:
         """The peer's answer to beat `seq`; False when it is worth nothing. `promise_ns` 0: it promises nothing."""
         sent = self._sent.pop(seq, None)
@@ -103,6 +108,24 @@ class Beats:
         """The promise has ended early (A11: a handoff, a proof of death)."""
         self._sent.clear()
         self.valid_until_ns = 0
+
+
+class Newest:
+    """Which beat of the peer is the latest that came, in one session of it."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def is_news(self, seq: int) -> bool:
+        """False for one that came before, or that a later one has overtaken."""
+        news = seq > self._last
+        self._last = max(self._last, seq)
+        return news
+
+    def forget(self) -> None:
+        self._last = 0
 
 
 class Hearing:

@@ -124,6 +124,8 @@ class Node:
             listen=core.me.address,
             dial=core.peer.address,
             timing=core.timing,
+            listen_more=core.me.heartbeat_addresses,
+            dial_more=core.peer.heartbeat_addresses,
         )
         # The place first: a daemon that cannot have it has not begun, and what an earlier one wrote at its end stays.
         await core.peer_link.listen()

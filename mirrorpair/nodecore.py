@@ -259,10 +259,10 @@ class Core:
 
     def _tell_roles(self, before: State, state: State) -> None:
         """What both must know before a data link can be made does not wait for the next beat, nor for a back-off."""
-        if self.peer_link.control is None:
+        if self.peer_link.session is None:
             return
         if (state.role, state.epoch) != (before.role, before.epoch):
-            self.peer_link.control.beat(clock_boottime_ns())
+            self.peer_link.beat()
         if not state.linked and (state.epoch, state.peer_epoch) != (before.epoch, before.peer_epoch):
             self.peer_link.want_data()
 

@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from mirrorpair.peercontrol import Control
     from mirrorpair.peerdata import DataConnection
     from mirrorpair.peermessages import Ask, Watch
+    from mirrorpair.peerpath import Path
     from mirrorpair.proofs import Proof
     from mirrorpair.rolewords import RoleName
 
@@ -154,6 +155,29 @@ class PeerSide:
         self._core.view.event("link", reason)
         self._core.post(PeerDown(reason, last_heard_ns, self._core.peer_link.heart.promises.bound_until_ns))
 
+    def link_down(self, reason: str, last_heard_ns: int | None) -> None:
+        """The peer lives, and this node's word to it binds as before; but there is no way for writes and requests."""
+        core = self._core
+        if core.witness is None:
+            core.register.ask_peer = None
+        if core.state.linked and core.state.peer_role == "primary" and not core.state.peer_left:
+            core.survivor_flag = True
+        if core.link is not None:
+            core.link = None
+            core.engine.detach_link()
+        log.warning("no way to %s for data: %s", core.peer.name, reason)
+        core.view.event("link", reason)
+        core.post(LinkLost(reason, last_heard_ns))
+        core.peer_link.want_data()
+
+    def path_up(self, path: Path) -> None:
+        self._core.view.event("link", f"heartbeats with {self._core.peer.name} also go over {path.address}")
+        self._core.changed.set()
+
+    def path_down(self, path: Path, reason: str) -> None:
+        self._core.view.event("link", f"no heartbeats over {path.address} any more: {reason}")
+        self._core.changed.set()
+
     def check_sentinel(self, watch: Watch) -> str | None:
         if watch.pair != self._core.config.name:
             return f"its pair is {printable(watch.pair, 80)}, ours {self._core.config.name}"
@@ -220,7 +244,10 @@ class PeerSide:
         )
 
     def on_beat(self, beat: Beat) -> bool:
-        before, self._core.peer_beat = self._core.peer_beat, beat
+        before = self._core.peer_beat
+        if before is not None and beat.seq <= before.seq:
+            return self._promises(before)  # over another path a later one was quicker: that is what is known
+        self._core.peer_beat = beat
         if before is None or (before.role, before.epoch) != (beat.role, beat.epoch):
             self._core.post(PeerSaid(beat.role, beat.epoch))
         if self._core.witness is not None:

@@ -10,7 +10,7 @@ Rules:
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from mirrorpair import __version__, roles
 from mirrorpair.control import ResyncPlan
@@ -20,6 +20,7 @@ from mirrorpair.status import (
     Arbiter,
     Change,
     EventLog,
+    Path,
     Peer,
     Refusal,
     ResyncMeter,
@@ -30,10 +31,12 @@ from mirrorpair.status import (
 
 if TYPE_CHECKING:
     from mirrorpair._core import Engine
+    from mirrorpair.address import Address
     from mirrorpair.chronicle import Scribe
     from mirrorpair.config import Config
     from mirrorpair.config import Node as NodeConfig
     from mirrorpair.history import Decision, DiskState
+    from mirrorpair.peerbeat import Pulse
     from mirrorpair.peerlink import PeerLink
     from mirrorpair.peermessages import Beat
     from mirrorpair.rolewords import Started, State
@@ -149,7 +152,7 @@ class NodeView:
         node, state, now = self._node, self._node.state, clock_boottime_ns()
         age = node.peer_link.heart.hearing.age_ns(now)
         rtt = node.peer_link.heart.beats.rtt_ns
-        control = node.peer_link.control
+        session = node.peer_link.session
         change = self._change
         return judge(
             Status(
@@ -161,12 +164,12 @@ class NodeView:
                 peer=Peer(
                     node=node.peer.name,
                     connected=node.link is not None,
-                    role=(state.peer_role or "unknown") if control is not None else "unknown",
+                    role=(state.peer_role or "unknown") if session is not None else "unknown",
                     heartbeat_age_s=None if age is None else age / 1e9,
                     rtt_s=None if rtt is None else rtt / 1e9,
                     link=self._link_name(age),
                     address=str(node.peer.address),
-                    version=control.hello.version if control is not None and control.hello is not None else None,
+                    version=session.hello.version if session is not None and session.hello is not None else None,
                 ),
                 arbiter=self._arbiter(),
                 volumes=[self._volume(volume) for volume in node.open.volumes],
@@ -184,8 +187,33 @@ class NodeView:
                 heartbeat_age_s=None if age is None else age / 1e9,
                 uptime_s=time.monotonic() - self._began,
                 version=__version__,
+                paths=self._paths(now),
             )
         )
+
+    def _paths(self, now: int) -> list[Path]:
+        node, link = self._node, self._node.peer_link
+        pulse = link.control.pulse if link.control is not None else None
+        ways: list[tuple[Literal["control", "heartbeat"], str, Address, Pulse | None]] = [
+            ("control", node.peer.name, node.peer.address, pulse),
+            *(("heartbeat", node.name if one.ours else node.peer.name, one.address, one.pulse) for one in link.paths),
+        ]
+        found = []
+        for kind, whose, address, pulse in ways:
+            age = pulse.hearing.age_ns(now) if pulse is not None else None
+            rtt = pulse.rtt_ns if pulse is not None else None
+            found.append(
+                Path(
+                    kind=kind,
+                    node=whose,
+                    address=str(address),
+                    alive=pulse is not None and not pulse.hearing.suspected(now),
+                    rtt_s=None if rtt is None else rtt / 1e9,
+                    heartbeat_age_s=None if age is None else age / 1e9,
+                    received=pulse.received if pulse is not None else 0,
+                )
+            )
+        return found
 
     def _arbiter(self) -> Arbiter:
         kind, witness = self._node.config.arbiter, self._node.witness
@@ -199,7 +227,7 @@ class NodeView:
             return "connected"
         if node.refusal is not None:
             return "refused"
-        return "connecting" if node.peer_link.connected or age_ns is None else "silent"
+        return "connecting" if node.peer_link.session is not None or age_ns is None else "silent"
 
     def _serving(self) -> Serving:
         mode = roles.mode_of(self._node.state)

@@ -2,12 +2,11 @@
 
 Rules:
 - The hello comes first, from both; each says Ready or Refused with its reason, so that both logs name it.
-- A10, A11: the clock is read before a beat is handed to the socket and after one was received.
-- Silence of `suspect_ns` ends the connection. A loop of ours that was itself late (stopped, swapped out) first reads
-  what came meanwhile: our own sleep is not the peer's death.
-- A11 To whom a promise was given is kept with it. A connection that was hung up on is read no further: nothing is
-  promised any more to who is proven to be dead, and a process that is does not come in again.
-- A peer that does not read, asks for too much at once or sends what is no message is hung up on. Nothing is queued for
+- Silence of `suspect_ns` on it ends the connection (peerbeat.py). Whether the peer is silent is another question, where
+  there are further paths (peerlink.py).
+- A11 A connection that was hung up on is read no further: nothing is promised any more to who is proven to be dead, and
+  a process that is does not come in again.
+- A peer that asks for too much at once or sends what is no message is hung up on. Nothing is queued for
   it without bound, and nothing that it sends can raise out of here.
 """
 
@@ -27,7 +26,7 @@ from mirrorpair.errors import (
     UnreachableError,
 )
 from mirrorpair.linux import clock_boottime_ns
-from mirrorpair.liveness import Beats, Hearing, Promises, Timing
+from mirrorpair.peerbeat import BeatHandler, Heart, Pulse
 from mirrorpair.peermessages import (
     MAX_LINE,
     PROTOCOL,
@@ -44,17 +43,16 @@ from mirrorpair.peermessages import (
     encode_line,
     refused,
 )
-from mirrorpair.proofs import Life, Lives
+from mirrorpair.proofs import Life
 from mirrorpair.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_UNSENT = 1 << 20  # bytes waiting for a peer that does not read
 MAX_REQUESTS = 16
 
 
-class ControlHandler(Protocol):
+class ControlHandler(BeatHandler, Protocol):
     """What the node does with it. The synchronous ones must be short."""
 
     def hello(self, session: str) -> Hello:
@@ -69,32 +67,9 @@ class ControlHandler(Protocol):
         """Our hello was not accepted, or we did not accept theirs."""
         ...
 
-    def beat(self, seq: int) -> Beat:
-        """The beat to send now."""
-        ...
-
-    def on_beat(self, beat: Beat) -> bool:
-        """A beat arrived; whether the reply may promise anything (A13)."""
-        ...
-
-    def on_promise(self) -> None:
-        """A reply arrived: round trip and validity are new."""
-        ...
-
     async def on_request(self, ask: Ask) -> str:
         """One word for the reply; a MirrorpairError becomes its code and message."""
         ...
-
-
-class Heart:
-    """What outlives a connection: when the peer was heard, and what was promised by whom, to whom."""
-
-    def __init__(self, timing: Timing) -> None:
-        self.timing = timing
-        self.beats = Beats(timing)
-        self.hearing = Hearing(timing)
-        self.promises = Promises(timing, clock_boottime_ns())
-        self.lives = Lives()
 
 
 class Control:
@@ -120,6 +95,7 @@ class Control:
         self._asked: dict[int, asyncio.Future[str]] = {}
         self._work: set[asyncio.Task[None]] = set()
         self._why = ""
+        self.pulse = Pulse(handler, heart, peer, writer)
         self.up = False
         self.hello: Hello | None = None
         """the peer's, once it is accepted"""
@@ -141,12 +117,11 @@ class Control:
             tell(self._not_accepted(error))
             return None
         self.up = True
-        self._heart.hearing.heard(clock_boottime_ns())
-        self._heart.beats.forget()
+        self.pulse.heard(clock_boottime_ns())
         life = life_of(self.hello)
-        self._heart.lives.met = life
+        self._heart.begin(life)
         came_up(self)
-        beating = asyncio.create_task(self._beat_loop())
+        beating = asyncio.create_task(self.pulse.run(self.hang_up))
         try:
             reason = await self._read_loop(life)
         finally:
@@ -241,17 +216,12 @@ class Control:
             if not self.up:
                 return ""  # hung up on, for a reason that was said then
             now = clock_boottime_ns()
+            self.pulse.heard(now)
+            if isinstance(word, Beat | Promise):
+                self.pulse.take(word, now, life)
+                continue
             self._heart.hearing.heard(now)
-            if isinstance(word, Beat):
-                promise_ns = 0
-                if self._handler.on_beat(word):
-                    promise_ns = self._heart.promises.give(now)
-                    self._heart.lives.promised = life
-                self._send(Promise(seq=word.seq, promise_ns=promise_ns))
-            elif isinstance(word, Promise):
-                if self._heart.beats.reply(word.seq, word.promise_ns, now):
-                    self._handler.on_promise()
-            elif isinstance(word, Request):
+            if isinstance(word, Request):
                 if len(self._work) >= MAX_REQUESTS:
                     return f"{self._peer} asks for too much at once"
                 self._serve(word)
@@ -281,28 +251,6 @@ class Control:
             future.set_exception(PeerError(f"{self._peer}: {printable(reply.message)}", reply.code))
         else:
             future.set_result(reply.result)
-
-    async def _beat_loop(self) -> None:
-        timing = self._heart.timing
-        interval = timing.interval_ns / 1e9
-        due = clock_boottime_ns()
-        while True:
-            now = clock_boottime_ns()
-            late = now - due > 2 * timing.interval_ns
-            if not late and self._heart.hearing.suspected(now):
-                age = self._heart.hearing.age_ns(now) or 0
-                self.hang_up(f"{self._peer} was silent for {age / 1e9:.2f} s")
-                return
-            if self._writer.transport.get_write_buffer_size() > MAX_UNSENT:
-                self.hang_up(f"{self._peer} does not read what it is sent")
-                return
-            self.beat(now)
-            due = now + timing.interval_ns
-            await asyncio.sleep(interval)
-
-    def beat(self, now: int) -> None:
-        """One more, ahead of its turn, when it has something new to say."""
-        self._send(self._handler.beat(self._heart.beats.send(now)))
 
     def _send(self, word: Word) -> None:
         if not self._writer.transport.is_closing():

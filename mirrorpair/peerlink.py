@@ -8,6 +8,12 @@ Rules:
 - A refusal is told to both sides with its reason, and tried again after 1 s, then twice as long each time, up to 60 s
   (H3); mere loss after 0.1 s, up to 1 s, with jitter.
 - A sentinel is heard whoever dials, whether the control connection is up or not (peersentinel.py).
+- Further paths of heartbeats (peerpath.py) belong to the session of the control connection. While one of them is alive
+  the peer is not silent, whatever becomes of the control connection: it is not reported as gone (`peer_down`), so
+  nobody takes over, promises are given and counted on as before, and the session is over only when the last path is
+  silent too, or a new one begins. What is lost with the control connection is the data link (`link_down`): that goes
+  over the same address and belongs to the same connection (W9). So the primary waits for it, and then goes on without
+  its peer, as after any lost link; and a request has nobody to go to until there is a control connection again.
 - Nothing here decides: who may talk, what a request does and what a data link is for is the handler's business.
 """
 
@@ -19,15 +25,18 @@ import logging
 import os
 import random
 import secrets
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from mirrorpair.address import Address, UnixAddress
 from mirrorpair.errors import MirrorpairError, PeerTimeoutError, UnreachableError
 from mirrorpair.linux import clock_boottime_ns
-from mirrorpair.peercontrol import Control, ControlHandler, Heart
+from mirrorpair.peerbeat import Heart
+from mirrorpair.peercontrol import Control, ControlHandler
 from mirrorpair.peerdata import DataConnection, Stopped
 from mirrorpair.peermessages import (
     MAX_LINE,
+    PREAMBLE_BEATS,
     PREAMBLE_BYTES,
     PREAMBLE_CONTROL,
     PREAMBLE_DATA,
@@ -35,13 +44,14 @@ from mirrorpair.peermessages import (
     Ask,
     Hello,
 )
+from mirrorpair.peerpath import Path
 from mirrorpair.peersentinel import SentinelHandler, Sentinels
 from mirrorpair.peersocket import Backoff, LineLimit, bind, connect
 from mirrorpair.text import printable
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from mirrorpair.liveness import Timing
 
@@ -52,7 +62,10 @@ STRANGERS = 16
 FAST_S = (0.1, 1.0)
 REFUSED_S = (1.0, 60.0)
 
-assert len(PREAMBLE_CONTROL) == len(PREAMBLE_DATA) == len(PREAMBLE_SENTINEL) == PREAMBLE_BYTES
+assert {len(one) for one in (PREAMBLE_CONTROL, PREAMBLE_DATA, PREAMBLE_SENTINEL, PREAMBLE_BEATS)} == {PREAMBLE_BYTES}
+
+_NO_PATH = (MirrorpairError, OSError, EOFError, ValueError, asyncio.LimitOverrunError)
+"""what a connection that was to be a path ends with before it is one"""
 
 log = logging.getLogger("mirrorpair.peer")
 
@@ -63,6 +76,15 @@ class PeerHandler(ControlHandler, SentinelHandler, Protocol):
     def peer_up(self, hello: Hello) -> None: ...
 
     def peer_down(self, reason: str, last_heard_ns: int | None) -> None: ...
+
+    def link_down(self, reason: str, last_heard_ns: int | None) -> None:
+        """The control connection is lost, and the data link with it, while the peer is heard over another path. After
+        that comes `peer_down`, or `peer_up` of the same process. `last_heard_ns`: over what was lost."""
+        ...
+
+    def path_up(self, path: Path) -> None: ...
+
+    def path_down(self, path: Path, reason: str) -> None: ...
 
     async def on_data(self, data: DataConnection, *, dialed: bool) -> None:
         """Negotiates on a new data connection and hands its channel to the engine; raises what stopped it. The
@@ -82,9 +104,12 @@ class PeerLink:
         listen: Address,
         dial: Address,
         timing: Timing,
+        listen_more: Sequence[Address] = (),
+        dial_more: Sequence[Address] = (),
         rng: random.Random | None = None,
         negotiate_s: float = NEGOTIATE_S,
     ) -> None:
+        """`listen_more`, `dial_more`: further paths of heartbeats, addresses of this node and of the peer."""
         self.node, self.peer = node, peer
         self.dials = node < peer
         self.heart = Heart(timing)
@@ -99,11 +124,17 @@ class PeerLink:
         self._data_slow = Backoff(REFUSED_S, self._rng)
         self._hurry = asyncio.Event()
         self._limit = LineLimit()
-        self._server: socket.socket | None = None
+        self._servers: dict[Address, socket.socket] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._strangers = 0
         self._control: Control | None = None
+        self._half: Control | None = None
+        """the control connection that was lost, while a path of its session is left"""
         self._up = asyncio.Event()
+        self._met = asyncio.Event()
+        """there is a session"""
+        self.paths = [Path(handler, self.heart, node, peer, one, ours=True) for one in listen_more]
+        self.paths += [Path(handler, self.heart, node, peer, one, ours=False) for one in dial_more]
         self._data_wanted = asyncio.Event()
         self._data_again = asyncio.Event()
         self._data_turn = asyncio.Lock()
@@ -112,31 +143,43 @@ class PeerLink:
     async def listen(self) -> None:
         """Takes the place; whoever connects waits until `start`. RefusedError: the address is in use. UsageError: it
         cannot be bound."""
-        self._server = await bind(self._listen)
+        try:
+            for address in (self._listen, *(path.address for path in self.paths if path.ours)):
+                self._servers[address] = await bind(address)
+        except BaseException:
+            self._close_servers()
+            raise
 
     async def start(self) -> None:
         """Listens, if it does not yet, and dials if it is ours to dial. Raises as `listen`."""
-        if self._server is None:
+        if not self._servers:
             await self.listen()
-        assert self._server is not None
-        self._spawn(self._accept_loop(self._server))
+        self._spawn(self._accept_loop(self._servers[self._listen], self._stranger))
+        for path in self.paths:
+            if path.ours:
+                self._spawn(self._accept_loop(self._servers[path.address], partial(self._path_stranger, path)))
+            else:
+                self._spawn(self._path_loop(path))
         if self.dials:
             self._spawn(self._dial_loop())
             self._spawn(self._data_loop())
 
     async def stop(self) -> None:
-        server, self._server = self._server, None
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._control is not None:
             self._control.hang_up("this node stops")
-        if server is not None:
+        self._close_servers()
+
+    def _close_servers(self) -> None:
+        while self._servers:
+            address, server = self._servers.popitem()
             server.close()
-            if isinstance(self._listen, UnixAddress):
+            if isinstance(address, UnixAddress):
                 with contextlib.suppress(OSError):
-                    os.unlink(self._listen.path)
+                    os.unlink(address.path)
 
     @property
     def control(self) -> Control | None:
@@ -146,6 +189,21 @@ class PeerLink:
     @property
     def connected(self) -> bool:
         return self.control is not None
+
+    @property
+    def session(self) -> Control | None:
+        """The control connection whose session goes on: it is up, or a path of it is left."""
+        return self.control or self._half
+
+    def beat(self) -> None:
+        """One more over every path, ahead of its turn, when there is something new to say."""
+        now = clock_boottime_ns()
+        for pulse in (
+            self._control.pulse if self.connected and self._control else None,
+            *(p.pulse for p in self.paths),
+        ):
+            if pulse is not None:
+                pulse.beat(now)
 
     def want_data(self) -> None:
         """A data link is to be made as soon as the control connection is up (the dialer acts, the acceptor waits)."""
@@ -161,13 +219,11 @@ class PeerLink:
     def bury(self, process: str, why: str) -> None:
         """This process of the peer is dead: a connection of it that is up, or about to end, is none. Told by
         `peer_down` before this returns, if it has not been told yet."""
-        control = self._control
+        control = self._control or self._half
         if control is None or control.hello is None or control.hello.process != process:
             return
-        self._control = None
-        self._up.clear()
         control.hang_up(why)
-        self._handler.peer_down(why, self.heart.hearing.last_ns)
+        self._end_session(why)
 
     async def ask(self, ask: Ask, timeout: float = REQUEST_S) -> str:
         """The reply's one word. UnreachableError: not connected, or lost before the reply (it may have been done).
@@ -179,7 +235,9 @@ class PeerLink:
 
     # --- accepting
 
-    async def _accept_loop(self, server: socket.socket) -> None:
+    async def _accept_loop(
+        self, server: socket.socket, hear: Callable[[socket.socket, Callable[[], None]], Coroutine[None, None, None]]
+    ) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -192,9 +250,11 @@ class PeerLink:
                 sock.close()
                 self._note("too many connections that have not said who they are")
                 continue
-            self._spawn(self._stranger(sock))
+            self._spawn(self._counted(sock, hear))
 
-    async def _stranger(self, sock: socket.socket) -> None:
+    async def _counted(
+        self, sock: socket.socket, hear: Callable[[socket.socket, Callable[[], None]], Coroutine[None, None, None]]
+    ) -> None:
         """A new connection; it counts as a stranger until it has said which of them it is and, but for data, who."""
         sock.setblocking(False)
         self._strangers += 1
@@ -206,22 +266,46 @@ class PeerLink:
             counted = False
 
         try:
-            preamble = await self._preamble(sock)
-            if preamble == PREAMBLE_CONTROL:
-                await self._run_control(sock, dialed=False, known=known)
-            elif preamble == PREAMBLE_DATA:
-                known()
-                await self._accepted_data(sock)
-            elif preamble == PREAMBLE_SENTINEL:
-                await self._sentinels.hear(sock, known, self._note)
-            elif preamble:
-                shown = printable(preamble.decode("latin-1"), 60)
-                self._note(f"somebody on the peer's port spoke something else: {shown}")
-            else:
-                self._note("somebody connected to the peer's port and did not say what for")
+            await hear(sock, known)
         finally:
             known()
             sock.close()
+
+    async def _stranger(self, sock: socket.socket, known: Callable[[], None]) -> None:
+        preamble = await self._preamble(sock)
+        if preamble == PREAMBLE_CONTROL:
+            await self._run_control(sock, dialed=False, known=known)
+        elif preamble == PREAMBLE_DATA:
+            known()
+            await self._accepted_data(sock)
+        elif preamble == PREAMBLE_SENTINEL:
+            await self._sentinels.hear(sock, known, self._note)
+        else:
+            self._strange(preamble)
+
+    async def _path_stranger(self, path: Path, sock: socket.socket, known: Callable[[], None]) -> None:
+        preamble = await self._preamble(sock)
+        if preamble != PREAMBLE_BEATS:
+            self._strange(preamble)
+            return
+
+        def came_up() -> None:
+            known()
+            self._path_up(path)
+
+        try:
+            reason = await path.accept(sock, lambda: self.session, self._negotiate_s, came_up)
+        except _NO_PATH as error:
+            self._note(f"somebody on {path.address}: {printable(str(error), 300) or 'hung up'}")
+        else:
+            self._path_down(path, reason)
+
+    def _strange(self, preamble: bytes) -> None:
+        if preamble:
+            shown = printable(preamble.decode("latin-1"), 60)
+            self._note(f"somebody on the peer's port spoke something else: {shown}")
+        else:
+            self._note("somebody connected to the peer's port and did not say what for")
 
     async def _preamble(self, sock: socket.socket) -> bytes:
         """Empty: it did not come, or not whole."""
@@ -269,6 +353,26 @@ class PeerLink:
                 await asyncio.sleep(self._fast.delay())
             else:
                 await self._wait(self._slow.delay())
+
+    async def _path_loop(self, path: Path) -> None:
+        """One of the peer's further addresses, as long as there is a session that it can belong to."""
+        backoff = Backoff(FAST_S, self._rng)
+
+        def came_up() -> None:
+            backoff.reset()
+            self._path_up(path)
+
+        while True:
+            await self._met.wait()
+            if self.session is not None:
+                try:
+                    sock = await connect(path.address, PREAMBLE_BEATS)
+                    reason = await path.dial(sock, lambda: self.session, self._negotiate_s, came_up)
+                except _NO_PATH as error:
+                    log.debug("no heartbeats over %s: %s", path.address, error)
+                else:
+                    self._path_down(path, reason)
+            await asyncio.sleep(backoff.delay())
 
     async def _data_loop(self) -> None:
         """Whenever a data link is wanted and the control connection is up."""
@@ -348,20 +452,56 @@ class PeerLink:
         finally:
             writer.transport.abort()
             if self._control is control:
-                self._control = None
-                self._up.clear()
-                self._handler.peer_down(reason or "", self.heart.hearing.last_ns)
+                self._lost(control, reason or "")
         return reason is not None
 
+    def _lost(self, control: Control, reason: str) -> None:
+        if not any(path.alive for path in self.paths):
+            self._end_session(reason)
+            return
+        self._control, self._half = None, control
+        self._up.clear()
+        self._handler.link_down(f"{reason}; it is heard over another path", control.pulse.hearing.last_ns)
+
+    def _end_session(self, reason: str) -> None:
+        self._control = self._half = None
+        self._up.clear()
+        self._met.clear()
+        for path in self.paths:
+            path.hang_up()
+        self._handler.peer_down(reason, self.heart.hearing.last_ns)
+
     def _came_up(self, control: Control) -> None:
-        old, self._control = self._control, control
+        """Paths of an earlier session are none of this one; it takes a moment until they have come over."""
+        assert control.hello is not None
+        old, half = self._control, self._half
         if old is not None:
             # Its own end would come later than this beginning, in the wrong order for the handler.
             old.hang_up(f"{self.peer} connected anew")
-            self._handler.peer_down(f"{self.peer} connected anew", self.heart.hearing.last_ns)
+            self._end_session(f"{self.peer} connected anew")
+        elif half is not None and half.hello is not None and half.hello.process != control.hello.process:
+            self._end_session(f"{self.peer} was started anew")
+        self._control, self._half = control, None
+        for path in self.paths:
+            path.hang_up()
         self._up.set()
-        assert control.hello is not None
+        self._met.set()
         self._handler.peer_up(control.hello)
+
+    # --- further paths
+
+    def _path_up(self, path: Path) -> None:
+        log.info("heartbeats with %s also go over %s", self.peer, path.address)
+        self._handler.path_up(path)
+
+    def _path_down(self, path: Path, reason: str) -> None:
+        """`reason` empty: it was ended here, because there is another session, or none."""
+        if not reason:
+            return
+        log.warning("no heartbeats over %s any more: %s", path.address, reason)
+        self._handler.path_down(path, reason)
+        if self._half is not None and not any(one.alive for one in self.paths):
+            self._end_session(f"{self.peer} is not heard over any path any more: {reason}")
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

@@ -20,6 +20,12 @@
               Died              ------------->
                                 <-------------    Reply: "noted", or "void" if it ends nothing here
 
+    beats     (peerpath.py, a further path)
+              PREAMBLE beats    ------------->
+              Join              ------------->
+                                <-------------    Ready or Refused
+              Beat, Promise     <------------>    the same, until one hangs up
+
 Rules:
 - Every value of the peer is validated here, once: types, ranges, lengths. Whatever the bytes are, `decode_*` returns a
   valid struct or raises PeerProtocolError.
@@ -46,6 +52,7 @@ PREAMBLE_BYTES = 16
 PREAMBLE_CONTROL = b"mirrorpair ctl\r\n"
 PREAMBLE_DATA = b"mirrorpair dat\r\n"
 PREAMBLE_SENTINEL = b"mirrorpair sen\r\n"
+PREAMBLE_BEATS = b"mirrorpair hbt\r\n"
 
 MAX_LINE = 256 * 1024
 MAX_SENTINEL_LINE = 16 * 1024
@@ -145,6 +152,20 @@ class Promise(msgspec.Struct, frozen=True, kw_only=True, tag="promise", tag_fiel
     promise_ns: _PromiseNs
 
 
+class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join", tag_field="t"):
+    """The first word on a further path of heartbeats: the control session of this node and its peer that it belongs
+    to."""
+
+    magic: str = MAGIC
+    node: _Name
+    session: _Secret
+    peer_session: _Secret
+
+    def __post_init__(self) -> None:
+        if self.magic != MAGIC:
+            raise ValueError(f"magic is not {MAGIC!r}")
+
+
 class SwapAsk(msgspec.Struct, frozen=True, kw_only=True, tag="swap", tag_field="op"):
     """L0: make this record durable if yours has this version."""
 
@@ -199,7 +220,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply", tag_field="t
     result: _Short = ""
 
 
-Word = Hello | Ready | Refused | Beat | Promise | Request | Reply
+Word = Hello | Ready | Refused | Beat | Promise | Join | Request | Reply
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

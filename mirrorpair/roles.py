@@ -27,6 +27,8 @@ Rules:
   role back while another member is in the set. Who crashed takes it back without the peer in the set.
 - A11 Nobody takes over while its own promise binds it, unless the peer said that it does not serve, or is proven to be
   dead, or a person forces.
+- A link that is lost while the peer is heard, over another path, is a lost link like any other for the primary, and
+  nothing for the other one: it takes over from a silent peer only.
 - A17 A link that is back before the deadline changes nothing: no swap, no new generation, the writes are sent again.
 - A18 A node that stops accepts no role. The one that stopped cleanly while the peer was in sync may have been replaced
   since: alone it does not take the role back.
@@ -335,7 +337,7 @@ def _link_lost(state: State, event: Event, _now: int) -> Step:
 
 def _primary_link_lost(state: State, event: Event, now: int) -> Step:
     assert isinstance(event, LinkLost)
-    return lose_link(state, now, event.why)
+    return lose_link(state, now, event.why, event.last_heard_ns)
 
 
 def _waited(state: State, _event: Event, now: int) -> Step:

@@ -60,14 +60,16 @@ def acquire(
     return Step(changed, (swap,), f"{state.me} takes epoch {epoch}: {why}")
 
 
-def lose_link(state: State, now: int, why: str) -> Step:
-    """The primary has no peer to send to. Who is not in the set is not waited for."""
+def lose_link(state: State, now: int, why: str, silent_since: int | None = None) -> Step:
+    """The primary has no peer to send to. Who is not in the set is not waited for. `silent_since`: of the lost link, if
+    it was found out by that."""
     state = change(state, linked=False, equal=False)
     if not state.peer_in_sync:
         return go_alone(state, f"{why}; {state.peer} is not in sync, so {state.me} goes on alone")
     if state.peer_left:
         return shrink(state, f"{why}; {state.peer} stopped gracefully")
-    since = now if state.peer_up or state.last_heard_ns is None else state.last_heard_ns
+    since = silent_since if state.peer_up else state.last_heard_ns
+    since = now if since is None else since
     deadline = max(now, since + state.suspect_ns)
     return Step(
         change(state, phase=Phase.WAITING, deadline_ns=deadline),

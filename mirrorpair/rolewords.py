@@ -248,7 +248,10 @@ class LinkUp(msgspec.Struct, frozen=True):
 
 
 class LinkLost(msgspec.Struct, frozen=True):
+    """`last_heard_ns`: when the peer was last heard over what was lost, if that was silent before."""
+
     why: str
+    last_heard_ns: int | None = None
 
 
 class Synced(msgspec.Struct, frozen=True):

@@ -112,14 +112,28 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     age_s: float
 
 
+class Path(msgspec.Struct, frozen=True, kw_only=True):
+    """One way for heartbeats. `kind` "control": the control connection, beside which the data go; "heartbeat": a
+    further one (`heartbeat-address`), at `address` of `node`. `alive`: the peer has been heard over it lately;
+    `received`: beats of the peer in the present connection."""
+
+    kind: Literal["control", "heartbeat"]
+    node: str
+    address: str
+    alive: bool
+    rtt_s: float | None = None
+    heartbeat_age_s: float | None = None
+    received: int = 0
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """One glance at a node. `health`, `summary`, `reason` and `action` are what `judge` makes of the rest.
 
     `serving` is what the grant lets clients have: "mirrored" (an answer waits for the peer), "alone", "held" (requests
     wait; `held` says why) or "no" (not primary). `heartbeat_age_s`: since the last beat of ours that the peer
     answered was sent. `paused`, `latched`: the primary does not change by itself, because a person said so, or because
-    it changed too often within an hour. `starting`: the daemon has not opened everything yet, and nothing else here is
-    certain.
+    it changed too often within an hour. `paths`: where heartbeats go, the control connection first. `starting`: the
+    daemon has not opened everything yet, and nothing else here is certain.
     """
 
     schema: str = "mirrorpair.status/1"
@@ -148,6 +162,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_age_s: float | None = None
     uptime_s: float = 0.0
     version: str | None = None
+    paths: list[Path] = []
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -526,6 +541,20 @@ def _paused(status: Status) -> _Verdict | None:
     )
 
 
+def _path_lost(status: Status) -> _Verdict | None:
+    """Of several; the loss of all of them has been told before."""
+    lost = [path for path in status.paths if not path.alive]
+    if not lost or len(status.paths) < 2:
+        return None
+    where = " and ".join(f"{path.address} ({path.node})" for path in lost)
+    return _Verdict(
+        "degraded",
+        "a heartbeat path is lost",
+        f"{status.node} and {status.peer.node} do not hear each other over {where}; over another path they do",
+        "see whether that network is up; the path comes back by itself",
+    )
+
+
 def _latched(status: Status) -> _Verdict | None:
     if not status.latched:
         return None
@@ -558,6 +587,7 @@ _RULES: tuple[Callable[[Status], _Verdict | None], ...] = (
     _resyncing,
     _behind,
     _arbiter,
+    _path_lost,
     _paused,
     _latched,
 )

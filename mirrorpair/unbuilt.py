@@ -28,7 +28,6 @@ def unbuilt(config: Config, name: str) -> list[tuple[str, str]]:
             '"manual", since nobody fails over by itself with arbiter = "none"',
         ),
         (config.reads != "validity", "pair.reads", '"validity"'),
-        (bool(me.heartbeat_addresses), f"{node}.heartbeat-address", "to leave it out"),
         (me.http is not None, f"{node}.http", "to leave it out"),
         (me.nbd_forward, f"{node}.nbd-forward", "false"),
         (me.vip is not None, f"{node}.vip", "to leave it out"),

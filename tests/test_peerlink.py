@@ -61,6 +61,8 @@ class Node:
         self.objection: str | None = None
         self.ups: list[Hello] = []
         self.downs: list[str] = []
+        self.link_downs: list[str] = []
+        self.paths: list[str] = []
         self.refusals: list[str] = []
         self.beats: list[Beat] = []
         self.promises = 0
@@ -100,6 +102,19 @@ class Node:
     def peer_down(self, reason: str, last_heard_ns: int | None) -> None:
         assert last_heard_ns is not None
         self.downs.append(reason)
+        self._tell()
+
+    def link_down(self, reason: str, last_heard_ns: int | None) -> None:
+        assert last_heard_ns is not None
+        self.link_downs.append(reason)
+        self._tell()
+
+    def path_up(self, path: Path) -> None:
+        self.paths.append(f"up {path.address}")
+        self._tell()
+
+    def path_down(self, path: Path, reason: str) -> None:
+        self.paths.append(f"down {path.address}: {reason}")
         self._tell()
 
     def peer_refused(self, reason: str) -> None:

@@ -22,7 +22,6 @@ ASKED = {
     "pair.arbiter": ('arbiter = "none"', 'arbiter = "etcd"'),
     "pair.failback": (PAIR, PAIR + 'prefer = "alpha"\nfailback = "auto"\n'),
     "pair.reads": (PAIR, PAIR + 'reads = "confirm"\n'),
-    "node.alpha.heartbeat-address": (ALPHA, ALPHA + 'heartbeat-address = ["127.0.0.1:7999"]\n'),
     "node.alpha.http": (ALPHA, ALPHA + 'http = "127.0.0.1:7998"\n'),
     "node.alpha.nbd-forward": (ALPHA, ALPHA + "nbd-forward = true\n"),
     "node.alpha.vip": (ALPHA, ALPHA + 'vip = "10.0.0.100/24"\nvip-interface = "eth0"\n'),

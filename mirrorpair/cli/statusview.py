@@ -37,6 +37,8 @@ def render(status: Status, *, color: bool = False, ascii_only: bool = False) -> 
     health = paint(status.health.upper(), COLOURS[status.health])
     lines = [f"{printable(status.pair)}  {health} - {printable(status.summary)}      epoch {status.epoch}"]
     lines += _nodes(status)
+    if len(status.paths) > 1:
+        lines += _paths(status)
     if len(status.volumes) > 1:
         lines += _volumes(status)
     lines += _resyncs(status, paint, ascii_only=ascii_only)
@@ -123,6 +125,22 @@ def _nodes(status: Status) -> list[str]:
     return _aligned(rows, right={4, 5})
 
 
+def _paths(status: Status) -> list[str]:
+    rows = [["path", "of", "for", "state", "round trip", "heartbeat"]]
+    rows += [
+        [
+            printable(path.address),
+            printable(path.node),
+            "control, data" if path.kind == "control" else "heartbeats",
+            "alive" if path.alive else "lost",
+            _trip(path.rtt_s),
+            _age(path.heartbeat_age_s),
+        ]
+        for path in status.paths
+    ]
+    return _aligned(rows, right={4, 5})
+
+
 def _peer_is_behind(status: Status) -> bool:
     """Whose row the bytes out of sync stand in: the target's, else the worse disk's, else that of who does not
     serve."""
@@ -194,6 +212,10 @@ def _aligned(rows: list[list[str]], *, right: set[int]) -> list[str]:
 
 def _size(size: int) -> str:
     return format_size(size) if size > 0 else "-"
+
+
+def _trip(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
 
 
 def _age(seconds: float | None) -> str:
