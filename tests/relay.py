@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LIMIT_S = 20.0
 
@@ -201,3 +201,85 @@ def line(port: int, damage: Damage | None = None) -> Iterator[Line]:
         yield made
     finally:
         made.close()
+
+
+class Wire:
+    """A unix socket that leads to another one, for any number of connections, and can be cut: then nothing passes and
+    nothing ends, as on a network that swallows packets; `mend` lets pass what was held."""
+
+    def __init__(self, near: str, far: str) -> None:
+        self._far = far
+        self._mended = threading.Event()
+        self._mended.set()
+        self._over = False
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(near)
+        self._listener.listen(64)
+        self._start(self._accept)
+
+    def cut(self) -> None:
+        self._mended.clear()
+
+    def mend(self) -> None:
+        self._mended.set()
+
+    def close(self) -> None:
+        self._over = True
+        self._mended.set()
+        for sock in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:  # the first of them starts no other one any more once it has ended
+            thread.join(LIMIT_S)
+            assert not thread.is_alive()
+        for sock in (self._listener, *self._sockets):
+            sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self._over:
+                near, _ = self._listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                self._sockets += [near, far]
+                if self._over:
+                    return
+                self._start(self._connect, near, far)
+
+    def _connect(self, near: socket.socket, far: socket.socket) -> None:
+        self._mended.wait()
+        try:
+            far.connect(self._far)
+        except OSError:
+            self._end(near)  # nobody listens there now
+            return
+        if self._over:
+            self._end(far)
+        back = threading.Thread(target=self._pass, args=(far, near), daemon=True)
+        back.start()
+        self._pass(near, far)
+        back.join(LIMIT_S)
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(1 << 18):
+                self._mended.wait()
+                sink.sendall(chunk)
+        self._mended.wait()
+        self._end(sink, socket.SHUT_WR)
+
+    def _end(self, sock: socket.socket, how: int = socket.SHUT_RDWR) -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(how)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from mirrorpair.peerdata import DataConnection
     from mirrorpair.peermessages import Ask, Watch
+    from mirrorpair.peerpath import Path as HeartPath
     from mirrorpair.proofs import Proof
 
 MS = 10**6
@@ -109,11 +110,11 @@ class Node:
         self.link_downs.append(reason)
         self._tell()
 
-    def path_up(self, path: Path) -> None:
+    def path_up(self, path: HeartPath) -> None:
         self.paths.append(f"up {path.address}")
         self._tell()
 
-    def path_down(self, path: Path, reason: str) -> None:
+    def path_down(self, path: HeartPath, reason: str) -> None:
         self.paths.append(f"down {path.address}: {reason}")
         self._tell()
 
@@ -171,12 +172,12 @@ def unix(folder: Path, name: str) -> UnixAddress:
 
 
 def make(node: Node, folder: Path, timing: Timing = PATIENT, **more: Any) -> PeerLink:
+    more.setdefault("dial", unix(folder, node.peer_name))
     return PeerLink(
         node,
         node=node.name,
         peer=node.peer_name,
         listen=unix(folder, node.name),
-        dial=unix(folder, node.peer_name),
         timing=timing,
         rng=random.Random(1),
         **more,
