@@ -68,6 +68,8 @@ class Daemon:
         self.name = name
         self.prefix: tuple[str, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
+        self.config = pair.config
+        """the same file for both, unless a test gives one node its own"""
         self._left: list[int] = []
         """pidfds of the sentinels of daemons that were killed"""
 
@@ -76,7 +78,7 @@ class Daemon:
     def command(self, *words: str, check: bool = True, timeout: float = HANG_S) -> subprocess.CompletedProcess[str]:
         """`mirrorpair WORDS` for this node."""
         done = subprocess.run(
-            [sys.executable, "-m", "mirrorpair", "-c", str(self.pair.config), "--node", self.name, *words],
+            [sys.executable, "-m", "mirrorpair", "-c", str(self.config), "--node", self.name, *words],
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -99,7 +101,7 @@ class Daemon:
                     "mirrorpair",
                     "-v",
                     "-c",
-                    str(self.pair.config),
+                    str(self.config),
                     "--node",
                     self.name,
                     "run",
