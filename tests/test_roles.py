@@ -289,6 +289,15 @@ def test_the_deadline_counts_from_the_last_word_of_a_peer_that_is_silent() -> No
     assert isinstance(actions[0], DropLink)
 
 
+def test_the_deadline_of_a_silent_link_counts_from_its_last_word_though_the_peer_is_heard_over_another_path() -> None:
+    """Neither the loss nor the silence of one path makes anybody take over; the primary's writes wait no longer."""
+    waiting, actions = run(primary(), LinkLost("silent", last_heard_ns=100), now=50 + SUSPECT)
+    assert (waiting.phase, waiting.deadline_ns, waiting.peer_up, actions) == (Phase.WAITING, 100 + SUSPECT, True, [])
+    standby = state(arbitrated=True, epoch=7, primary="beta", in_sync=BOTH, peer_up=True, peer_role="primary")
+    kept, actions = run(standby, LinkLost("silent", last_heard_ns=100), Tick(), now=90 * SUSPECT)
+    assert (kept.phase, kept.wake_ns, actions) == (Phase.SECONDARY, None, [])
+
+
 def test_a1_alone_only_after_the_shrink_is_ok() -> None:
     late = 5 + SUSPECT
     shrinking, actions = run(primary(), LinkLost("cut"), now=5)

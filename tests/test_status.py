@@ -20,6 +20,7 @@ from mirrorpair.status import (
     DISKS,
     Arbiter,
     EventLog,
+    Path,
     Refusal,
     Resync,
     ResyncMeter,
@@ -87,6 +88,11 @@ def test_a_newer_daemon_may_say_more() -> None:
 
 
 # --- the judgement
+
+
+def way(**facts: Any) -> Path:
+    return Path(**{"kind": "control", "node": "alpha", "address": "10.0.0.1:7790", "alive": True, **facts})
+
 
 SILENT: dict[str, Any] = {"connected": False, "role": "unknown", "link": "silent", "heartbeat_age_s": 5.2}
 LATE = volume(peer_disk="inconsistent", out_of_sync_bytes=4096)
@@ -186,6 +192,22 @@ LATE = volume(peer_disk="inconsistent", out_of_sync_bytes=4096)
             "witness",
         ),
         ({"arbiter": Arbiter(kind="none", reachable=False)}, "healthy", "mirrored", "both", "none"),
+        (
+            {"arbiter": Arbiter(kind="witness", reachable=False, trouble="it has version 1", disbelieved=True)},
+            "degraded",
+            "arbiter not believed",
+            "it has version 1: both nodes go on",
+            "promote --accept-data-loss",
+        ),
+        (
+            {"paths": [way(), way(kind="heartbeat", address="192.168.7.1:7790", alive=False)]},
+            "degraded",
+            "a heartbeat path is lost",
+            "192.168.7.1:7790 (alpha)",
+            "comes back by itself",
+        ),
+        ({"paths": [way(), way(kind="heartbeat")]}, "healthy", "mirrored", "both", "none"),
+        ({"paths": [way(alive=False)]}, "healthy", "mirrored", "both", "none"),
     ],
 )
 def test_each_situation_has_its_judgement(
@@ -318,6 +340,19 @@ def test_the_target_sees_itself_behind() -> None:
     assert "resyncing" in mine
     assert "64.0 KiB" in mine
     assert "64.0 KiB" not in theirs
+
+
+def test_several_paths_are_shown_with_their_round_trips() -> None:
+    paths = [
+        way(rtt_s=0.00034, heartbeat_age_s=0.012),
+        way(kind="heartbeat", node="beta", address="192.168.7.2:7790", alive=False),
+    ]
+    assert render(judge(status(paths=paths)))[4:7] == [
+        "path              of     for            state  round trip  heartbeat",
+        "10.0.0.1:7790     alpha  control, data  alive      0.3 ms      12 ms",
+        "192.168.7.2:7790  beta   heartbeats     lost            -          -",
+    ]
+    assert not any("round trip" in line for line in render(judge(status(paths=paths[:1]))))
 
 
 def test_several_volumes_are_listed() -> None:
