@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench import fio, live, livecost, livefailover, liveresync
+from bench import fio, live, livecost, livefailover, liveresync, livestall
 from bench.goals import Goal, NotMeasuredError
 from bench.servers import BARE, NBDKIT, QUORUM, SYNC
 from bench.settings import MIB, TIB
@@ -235,4 +235,35 @@ def _failover_goals() -> list[Goal]:
     ]
 
 
-GOALS = [*_bare_goals(), *_sync_goals(), *_resync_goals(), *_cost_goals(), *_failover_goals()]
+def _stall_goals() -> list[Goal]:
+    group, loss = livestall.STALL, livestall.LOSS
+    allowed = livestall.INTERVAL_S * livestall.SUSPECT_AFTER + 0.1
+    return [
+        Goal(
+            "switchover with thousands of writes in flight: a client's longest wait",
+            group,
+            "<=",
+            0.1,
+            " s",
+            lambda groups: _seconds(groups, group, livestall.SWITCHOVER),
+        ),
+        Goal(
+            "standby silent: a write's longest wait, k x h + 100 ms",
+            group,
+            "<=",
+            allowed,
+            " s",
+            lambda groups: max(x.seconds for x in _series(groups, group, loss).samples),
+        ),
+        Goal(
+            "standby silent: reads' longest gap",
+            group,
+            "<=",
+            0.1,
+            " s",
+            lambda groups: max(x.facts["read_gap_s"] for x in _series(groups, group, loss).samples),
+        ),
+    ]
+
+
+GOALS = [*_bare_goals(), *_sync_goals(), *_resync_goals(), *_cost_goals(), *_failover_goals(), *_stall_goals()]

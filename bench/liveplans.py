@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench import live, livecost, livefailover, liveresync
+from bench import live, livecost, livefailover, liveresync, livestall
 
 PLANS = {
     plan.name: plan
@@ -15,5 +15,6 @@ PLANS = {
         liveresync.ABSENCE_PLAN,
         livecost.COST_PLAN,
         livefailover.PLAN,
+        livestall.PLAN,
     )
 }

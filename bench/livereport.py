@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench import live, livecost, livefailover
+from bench import live, livecost, livefailover, livestall
 from bench.fio import WORKLOADS
 from bench.servers import BARE, NBDKIT, QEMU_NBD, QUORUM, SYNC
 from bench.settings import show_size
@@ -30,6 +30,8 @@ def _body(group: Group, table: Table) -> list[str]:
         return _cost(group, table)
     if group.name == livefailover.FAILOVER:
         return table(*livefailover.rows(group))
+    if group.name == livestall.STALL:
+        return table(*livestall.rows(group))
     return _resync(group, table)
 
 
