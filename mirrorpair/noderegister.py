@@ -34,6 +34,7 @@ from mirrorpair.arbiter import Incarnation, Register, Swap, Versioned, Writer
 from mirrorpair.errors import MirrorpairError, PeerTimeoutError, RefusedError, UnreachableError, WrongRoleError
 from mirrorpair.linux import clock_boottime_ns
 from mirrorpair.rolewords import ACQUISITIONS, FAILED, WRONG_ROLE, Phase, RecordChanged, Swapped
+from mirrorpair.successor import Author, successor
 from mirrorpair.swaprules import Read, objection
 from mirrorpair.witness.client import StaleRecordError, WitnessRegister
 
@@ -52,7 +53,6 @@ ATTEMPTS = 5
 PAUSE_S = (0.01, 0.1)
 ALONE_S = 1.0
 IDLE_S = 10.0
-MAX_CHANGES = 63
 
 log = logging.getLogger("mirrorpair.node")
 
@@ -280,37 +280,23 @@ class WitnessSide:
         )
 
     def _successor(self, action: SwapAction, record: Versioned, peer: Control | None) -> Register:
-        old = record.register
-        acquires = action.purpose in ACQUISITIONS
-        members = {**old.members, self._core.name: self._core.incarnation()}
-        if action.purpose == "expand" and peer is not None and peer.hello is not None:
-            members[self._core.peer.name] = peer.hello.incarnation
-        in_sync = action.in_sync
-        if action.purpose == "raise" and (old.epoch, record.version) >= self._register.seen:
-            in_sync = None  # the record is there, and says it better
-        changes = old.role_changes
-        if action.primary is not None and old.primary not in (None, action.primary):
-            changes = (*recent(changes, (now := int(time.time()))), now)
-        limit = self._core.config.max_role_changes_per_hour
-        given = action.primary if action.purpose in ("handoff", "abdicate") else None
-        failed = set(old.failed)
-        if action.purpose == "abdicate":
-            failed.add(self._core.name)
-        elif action.purpose == "expand":
-            failed -= set(in_sync or ())
-        return msgspec.structs.replace(
-            old,
-            pair_uuid=self._core.open.value.pair_uuid or old.pair_uuid,
-            epoch=action.epoch,
-            primary=action.primary,
-            in_sync=old.in_sync if in_sync is None else in_sync,
-            members=members,
-            mode=self._core.config.mode,
-            handoff=given or (None if acquires else old.handoff),
-            failed=tuple(sorted(failed)),
-            role_changes=changes,
-            latched=old.latched or (self._core.config.failback == "auto" and len(changes) >= limit > 0),
-            writer=Writer(node=self._core.name, nonce=secrets.randbits(48)),
+        core = self._core
+        equal = peer.hello.incarnation if peer is not None and peer.hello is not None else None
+        return successor(
+            record.register,
+            action,
+            Author(
+                node=core.name,
+                incarnation=core.incarnation(),
+                peer=core.peer.name,
+                equal=equal,
+                pair_uuid=core.open.value.pair_uuid,
+                mode=core.config.mode,
+                cap=core.config.max_role_changes_per_hour if core.config.failback == "auto" else 0,
+            ),
+            believed=(record.register.epoch, record.version) >= self._register.seen,
+            now_s=int(time.time()),
+            nonce=secrets.randbits(48),
         )
 
     # --- A19
@@ -342,8 +328,3 @@ class WitnessSide:
                     why = WrongRoleError("somebody else changes the register at this moment")
                 await asyncio.sleep(random.uniform(*PAUSE_S))
         raise why
-
-
-def recent(changes: tuple[int, ...], now: int) -> tuple[int, ...]:
-    """Those within an hour of `now`, seconds since 1970; a clock that was set back makes none of them old."""
-    return tuple(at for at in changes if at > now - 3600)[-MAX_CHANGES:]

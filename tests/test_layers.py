@@ -35,7 +35,7 @@ ROWS = [
     ["_core", "_linux"],
     ["interrupts", "jsontypes", "linux", "sentinel", "service"],
     ["address", "arbiter", "blockstack", "chronicle", "control", "identity", "newfile", "twofold"],
-    ["config", "metadata"],
+    ["config", "metadata", "successor"],
     ["admin", "drive", "image", "outcome", "transport"],
     ["nodecheck", "peermessages", "peersocket", "remote", "unbuilt", "unwritten", "volumes"],
     ["peerbeat"],
