@@ -12,7 +12,8 @@ Invariants of `Ids` (checked whenever one is made, so also for a peer's):
 
 The handshake (`H`). The rows in their order, first match wins; `rule` of the decision is the name before the colon:
 - options: node names equal, size or block size differ, both say discard, a disk is failed or missing: refuse.
-- both-new: nothing to copy. Only if both are sound: a new node may hold a part of an earlier peer's data.
+- both-new: nothing to copy. Only if both are sound: a new node may hold a part of an earlier peer's data. With bits
+  (writes that were never answered, before the first id) the source is that of equal ids.
 - one-new: it is the target of everything.
 - ids equal: the rows of `_EQUAL_ROWS` name the source, and both sides' bits are copied; without bits, crash, or
   half-copied target nothing is (`reconnect`).
@@ -317,7 +318,7 @@ def _options(low: Side, high: Side, register_source: str | None) -> Decision | N
 def _compared(low: Side, high: Side, register_source: str | None) -> Decision | _Plan:
     """The rows by the ids, in their order."""
     if low.new and high.new:
-        return _both_primary(low, high) or _both_new(low, high)
+        return _both_primary(low, high) or _both_new(low, high, register_source)
     if low.new or high.new:
         source, target = (high, low) if low.new else (low, high)
         return _Plan("full", source, target, "one-new", f"{target.node} is new: it takes everything from {source.node}")
@@ -332,7 +333,10 @@ def _both_primary(low: Side, high: Side) -> Decision | None:
     return None
 
 
-def _both_new(low: Side, high: Side) -> Decision | _Plan:
+def _both_new(low: Side, high: Side, register_source: str | None) -> Decision | _Plan:
+    if _sound(low) and _sound(high) and (low.dirty or high.dirty):
+        plan = _equal(low, high, register_source)
+        return plan if isinstance(plan, Decision) else plan._replace(amount="full")
     if _sound(low) and _sound(high):
         return Decision(
             amount="none", rule="both-new", reason=f"{low.node} and {high.node} are both new and hold only zeros"

@@ -73,6 +73,14 @@ def test_g1_a_peer_whose_word_of_the_resyncs_end_was_lost_is_older_after_the_nex
     assert outcome(both({"ids": alone} | crashed, {"ids": done})) == ("bitmap", "beta")
 
 
+def test_both_new_with_writes_that_were_never_answered_are_not_taken_for_zeros() -> None:
+    """Found by the simulation: alpha was promoted, crashed in its first write, was read, and the peer had zeros."""
+    new = {"ids": Ids()}
+    assert outcome(both(new, new)) == ("none", None)
+    assert outcome(both(new | {"dirty": True}, new)) == ("full", "alpha")
+    assert outcome(both(new | {"role": "primary"}, new | {"dirty": True})) == ("full", "alpha")
+
+
 def test_g1_a_new_volume_gets_its_first_id_by_its_first_write() -> None:
     assert began_alone(Ids(), 5) == first(5) == Ids(5, 0, ())
 
@@ -412,7 +420,8 @@ def check(one: Side, other: Side, register: str | None = None) -> Decision:
             assert each.disk not in UNSOUND
             assert not each.missed_end
             assert not each.distrusted
-            assert each.new or not (each.dirty or each.crashed_primary)  # G5
+            assert not each.dirty  # also before the first id: what was never answered may have been read
+            assert each.new or not each.crashed_primary  # G5
         assert one.ids.current == other.ids.current
     if found.amount == "split-brain":
         shared = {one.ids.current, one.ids.bitmap, *one.ids.history} & {
