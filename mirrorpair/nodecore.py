@@ -461,11 +461,17 @@ class Core:
         self.spawn(self._begin_generation())
 
     async def _begin_generation(self) -> None:
+        """G2. A handshake that is under way has told the peer the ids of before: no link may come of it, or what is
+        answered alone from now on would be taken for equal there."""
+        if self.link is not None:
+            return  # nothing is answered alone any more; after this link it is asked for again
+        self.facts_version += 1
         try:
             await self.durable(lambda: self.open.began_alone(new_id))
         except MirrorpairError as error:
             log.error("no write is answered alone: %s", error)
             return
+        self.facts_version += 1
         self.post(GenerationBegan())
 
     def _resync_done(self, index: int, _b: int, _text: str) -> None:

@@ -1,21 +1,35 @@
-"""The roles of an arbitrated pair, played with a witness, lost and late swaps, promises, crashes (witnessworld.py); and
-what a swap may follow from."""
+"""The roles of an arbitrated pair in the simulation (mirrorpair/testing/): thousands of seeds, every seed that ever
+failed, and every rule weakened, which has to be found. And what a swap may follow from.
+
+- A seed is enough to repeat a failure: `python -m mirrorpair.testing --play PLAY --replay SEED`.
+- The length is bounded by steps, not by time; MIRRORPAIR_TEST_SEED moves all seeds (tests/conftest.py).
+"""
 
 from __future__ import annotations
 
+import doctest
+import json
 import random
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-import witnessworld
-from witnessworld import Attempt, Machine, World
 
+import mirrorpair.testing
 from mirrorpair import handoff, roles
 from mirrorpair.proofs import Lives, Proof
 from mirrorpair.rolesteps import Step, change
 from mirrorpair.rolewords import Mode, State, Swap, Swapped
 from mirrorpair.swaprules import Read, objection
+from mirrorpair.testing import PLAYS, BrokenError, play
+from mirrorpair.testing import __main__ as cli
+from mirrorpair.testing import machine as machines
+from mirrorpair.testing.campaign import campaign, one
+from mirrorpair.testing.disk import Disk
+from mirrorpair.testing.machine import Machine
+from mirrorpair.testing.mirror import Mirror
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,91 +37,118 @@ if TYPE_CHECKING:
     from mirrorpair.proofs import Life
 
 BOTH = ("alpha", "beta")
+PARTS = 8
+STEPS = 600
+SEEDS = {
+    "storm": 480,
+    "deaths": 240,
+    "rare": 480,
+    "parted": 40,
+    "late-reports": 40,
+    "late-handoff": 80,
+    "late-takeover": 80,
+    "late-expand": 80,
+    "flap-then-death": 80,
+    "blank-then-death": 80,
+    "one-fault": 80,
+}
+"""of each play, in every run of the tests"""
 
 
-def simulate(rng: random.Random, *, sentinels: bool = False, **traits: object) -> World:
-    """`traits`: what the world's own dice have chosen otherwise."""
-    world = World(rng, sentinels=sentinels)
-    for name, value in traits.items():
-        assert hasattr(world, name)
-        setattr(world, name, value)
-    world.run(3000)
-    world.heal(6000)
-    return world
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_invariant_holds_in_thousands_of_runs(part: int, rng: random.Random) -> None:
+    """Those who took over, and what was acknowledged, say that there was something to be lost."""
+    first = rng.randrange(10**9)
+    assert set(SEEDS) == set(PLAYS)
+    acks: Counter[str] = Counter()
+    roles_taken = 0
+    for name, count in SEEDS.items():
+        for result in campaign(range(first, first + count // PARTS), [name], STEPS, 1):
+            assert not result.invariant, result
+            acks[name] += result.acks
+            roles_taken += result.acquisitions
+    assert all(acks[name] > 10 * count // PARTS for name, count in SEEDS.items()), acks
+    assert roles_taken > sum(SEEDS.values()) // PARTS
 
 
-def parted(rng: random.Random) -> World:
-    """The two lose each other for a while, again and again, when all was well; nothing else fails."""
-    world = World(rng)
-    for _ in range(6):
-        world.heal(6000)
-        for machine in world.machines:
-            world.beat(machine)
-        world.part()
-        world.run(250)
-    return world
+FAILED = json.loads((Path(__file__).parent / "failed_seeds.json").read_text(encoding="utf-8"))
 
 
-def late_takeover(rng: random.Random) -> World:
-    world = World(rng)
-    world.worst_takeover()
-    return world
+@pytest.mark.parametrize("case", FAILED, ids=[f"{case['play']}-{case['seed']}" for case in FAILED])
+def test_every_seed_that_ever_failed_does_so_no_more(case: dict[str, Any]) -> None:
+    assert case["what"]
+    result = one(case["play"], case["seed"], case.get("steps"))
+    assert not result.invariant, result
 
 
-def late_expand(rng: random.Random) -> World:
-    world = World(rng)
-    world.worst_expand()
-    return world
+# --- the same for a user
 
 
-def stormy(rng: random.Random) -> None:
-    simulate(rng, storm=1)
+def test_the_example_is_true() -> None:
+    found = doctest.testmod(mirrorpair.testing, optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 5
+    assert not found.failed
 
 
-def test_no_acknowledged_write_is_lost_and_nobody_acknowledges_beside_another(rng: random.Random) -> None:
-    """And once nothing fails any more both are in sync again. Those who took over, and what was acknowledged, say that
-    there was something to be lost."""
-    worlds = [simulate(rng) for _ in range(60)]
-    assert sum(len(world.acked) for world in worlds) > 1000
-    assert sum(world.acquisitions for world in worlds) > 150
+@pytest.mark.parametrize("name", PLAYS)
+def test_the_same_seed_is_the_same_run(name: str) -> None:
+    assert play(name, 3, 200).trace == play(name, 3, 200).trace
 
 
-def test_nor_with_sentinels_whose_reports_come_at_once_late_repeatedly_or_never(rng: random.Random) -> None:
-    worlds = [simulate(rng, sentinels=True) for _ in range(40)]
-    assert sum(len(world.acked) for world in worlds) > 500
-    assert sum(world.released for world in worlds) > 10
+def test_a_campaign_on_several_cpus_finds_what_one_finds() -> None:
+    alone = list(campaign(range(8), ["storm", "rare"], 200, 1))
+    assert list(campaign(range(8), ["storm", "rare"], 200, 2)) == alone
+    assert len(alone) == 16
 
 
-def late_reports(rng: random.Random) -> World:
-    """Kills whose proofs come when both are in sync again and have just lost each other: then they are dangerous."""
-    world = World(rng, sentinels=True)
-    for _ in range(4):
-        world.heal(6000)
-        world.kill(next(machine for machine in world.machines if machine.state.role == "primary"))
-        world.heal(6000)
-        world.faults = True
-        world.part()
-        world.prove()
-        world.run(250)
-    world.heal(6000)
-    return world
+def test_the_command_counts_its_runs_and_can_repeat_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--seeds", "4", "--steps", "200", "--play", "storm", "--jobs", "1", "--json"]) == 0
+    (summary,) = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert summary["runs"] == 4
+    assert summary["failed"] == 0
+    assert summary["acknowledged"] == sum(play("storm", seed, 200).checks.acks for seed in range(4))
+    assert cli.main(["--play", "storm", "--replay", "3", "--steps", "200"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:-1] == play("storm", 3, 200).trace
+    assert shown[-1] == "storm 3: all invariants hold"
 
 
-def test_a_report_that_comes_when_the_next_process_serves_ends_nothing_of_it(rng: random.Random) -> None:
-    worlds = [late_reports(rng) for _ in range(30)]
-    assert sum(len(world.acked) for world in worlds) > 500
+def test_the_command_tells_which_invariant_broke_and_with_which_seed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Machine, "valid", lambda _: True)
+    words = ["--seeds", "4", "--play", "parted", "--jobs", "1"]
+    assert cli.main(words) == 1
+    told = capsys.readouterr().out
+    assert cli.main([*words, "--json"]) == 1
+    *failures, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert summary["failed"] == len(failures) > 0
+    assert f"parted {failures[0]['seed']}: {failures[0]['what']}" in told
+    assert cli.main(["--play", "parted", "--replay", str(failures[0]["seed"]), "--json"]) == 1
+    again = json.loads(capsys.readouterr().out)
+    assert (again["invariant"], again["what"]) == (failures[0]["invariant"], failures[0]["what"])
+    assert again["trace"]
+
+
+@pytest.mark.parametrize("words", [["--seeds", "0"], ["--play", "calm"], ["--replay", "3"]])
+def test_the_command_refuses_what_it_does_not_understand(words: list[str]) -> None:
+    assert cli.main(words) == 2
 
 
 # --- it bites
 
 
 def forgetful_end(self: Machine, ok: bool, why: str = "") -> None:
-    attempt: Attempt = self.attempts.pop(0)
+    attempt = self.attempts.pop(0)
     self.inbox.append(Swapped(attempt.action, ok, why))
 
 
 def keen_objection(swap: Swap, me: str, read: Read) -> str | None:
     return objection(swap, me, read._replace(in_sync=()))
+
+
+def trustful_objection(swap: Swap, me: str, read: Read) -> str | None:
+    return objection(swap, me, read._replace(known=True))
 
 
 def heedless_objection(swap: Swap, me: str, read: Read) -> str | None:
@@ -131,86 +172,75 @@ def generous(state: State) -> Mode:
     return MODE_OF(change(state, handing="no"))
 
 
-SWAPPED, SETTLE, MODE_OF = handoff.swapped, handoff.settle, roles.mode_of
-
-
 def credulous_proof(self: Lives, died: Iterable[Life]) -> Proof:
     return Proof(True, True, releases=True, gone=False)
+
+
+SWAPPED, SETTLE, MODE_OF = handoff.swapped, handoff.settle, roles.mode_of
 
 
 def never(value: Any) -> property:
     return property(lambda _: value, lambda _, __: None)
 
 
-WEAKENED: dict[str, tuple[object, str, object]] = {
-    "A0 an unknown swap counts as none": (Machine, "end", forgetful_end),
-    "A1 alone without the shrink": (State, "peer_in_sync", property(lambda _: False)),
-    "A2 required only once it is known": (State, "peer_in_sync", property(lambda state: state.peer in state.in_sync)),
-    "A3 who is no member takes over": (witnessworld, "objection", keen_objection),
-    "A4 a lost boot is no reason": (Machine, "boot_lost", never(False)),
-    "A10 validity is not looked at": (Machine, "valid", lambda _: True),
-    "A11 promises are not kept": (Machine, "bound_until", never(0)),
-    "A19 a pause is not looked at": (witnessworld, "objection", heedless_objection),
-    "A11 any process's death ends the promise": (Lives, "prove", credulous_proof),
-    "A13 promises beside an attempt": (Machine, "promises", lambda self, epoch: epoch >= self.state.epoch),
+Change = tuple[object, str, object]
+WEAKENED: dict[str, tuple[str, int, list[Change]]] = {
+    # rule: the play that shows it, within how many seeds, and what is changed
+    "A0 an unknown swap counts as none": ("late-expand", 5, [(Machine, "end", forgetful_end)]),
+    "A0 an unknown handoff counts as none": ("late-handoff", 5, [(handoff, "swapped", forgetful_handoff)]),
+    "A0 a record proves that a handoff did not happen": ("late-handoff", 5, [(handoff, "settle", trusting)]),
+    "A1 alone without the shrink": ("storm", 1000, [(State, "peer_in_sync", property(lambda _: False))]),
+    "A2 required only once it is known": (
+        "late-expand",
+        5,
+        [(State, "peer_in_sync", property(lambda state: state.peer in state.in_sync))],
+    ),
+    "A3 who is no member takes over": ("storm", 1000, [(machines, "objection", keen_objection)]),
+    "A4 a lost boot is no reason": ("storm", 1000, [(Machine, "boot_lost", never(False))]),
+    "A5 frames of an older link count": ("storm", 1000, [(Mirror, "accepts", lambda *_: True)]),
+    "A6 a write in flight is read": ("storm", 1000, [(Mirror, "readable", lambda *_: True)]),
+    "A6 what is in flight is forgotten with its link": ("storm", 1000, [(Disk, "parted", lambda _: None)]),
+    "A7 who lost its boot is sent only what is in flight": (
+        "flap-then-death",
+        100,
+        [(Machine, "boot_lost", never(False)), (Mirror, "flap", lambda *_: True)],
+    ),
+    "A8 another one of that name takes over": ("blank-then-death", 5, [(machines, "objection", trustful_objection)]),
+    "A10 validity is not looked at": ("parted", 5, [(Machine, "valid", lambda _: True)]),
+    "A11 promises are not kept": ("parted", 5, [(Machine, "bound_until", never(0))]),
+    "A11 any process's death ends the promise": ("late-reports", 20, [(Lives, "prove", credulous_proof)]),
+    "A13 promises beside an attempt": (
+        "late-takeover",
+        5,
+        [(Machine, "promises", lambda self, epoch: epoch >= self.state.epoch)],
+    ),
+    # "A14 ..." has its place here: an abdication answers before its swap is ok (faults.py, disk_fails)
+    "A17 after a flap the standby may not take over": ("flap-then-death", 20, [(Mirror, "flap", lambda *_: False)]),
+    "A19 a pause is not looked at": ("storm", 1000, [(machines, "objection", heedless_objection)]),
+    "W9 facts that changed during the handshake do not count": ("storm", 1000, [(Mirror, "_facts", lambda _: ())]),
+    "the role is answered for while it is given away": ("late-handoff", 5, [(roles, "mode_of", generous)]),
 }
-
-
-PLAYS = {
-    "A0 an unknown swap counts as none": late_expand,
-    "A2 required only once it is known": late_expand,
-    "A10 validity is not looked at": parted,
-    "A11 promises are not kept": parted,
-    "A11 any process's death ends the promise": late_reports,
-    "A13 promises beside an attempt": late_takeover,
-}
-"""what shows it soon, where storms do not"""
 
 
 @pytest.mark.parametrize("rule", WEAKENED)
 def test_it_bites_when_a_rule_is_weakened(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
-    owner, name, value = WEAKENED[rule]
-    monkeypatch.setattr(owner, name, value, raising=False)
-
-    play = PLAYS.get(rule, stormy)
+    name, within, changes = WEAKENED[rule]
+    for owner, attribute, value in changes:
+        monkeypatch.setattr(owner, attribute, value, raising=False)
 
     def many() -> None:
-        for seed in range(1000):
-            play(random.Random(seed))
+        for seed in range(within):
+            PLAYS[name](random.Random(seed))
 
-    with pytest.raises(AssertionError, match=r"^(I\d|A19):"):
+    with pytest.raises(BrokenError, match=r"^(I\d|A19):"):
         many()
 
 
-@pytest.mark.parametrize("play", [parted, late_takeover, late_expand, late_reports])
-def test_what_shows_a_weakened_rule_soon_shows_nothing_else(play: Any, rng: random.Random) -> None:
-    for _ in range(10):
-        play(rng)
-
-
-def test_a_handoff_that_comes_late_at_the_worst_moment_makes_no_second_primary(rng: random.Random) -> None:
-    for _ in range(20):
-        World(rng).worst_handoff()
-
-
-WEAKENED_HANDOFF: dict[str, tuple[object, str, object]] = {
-    "A0 an unknown handoff counts as none": (handoff, "swapped", forgetful_handoff),
-    "A0 a record proves that a handoff did not happen": (handoff, "settle", trusting),
-    "the role is answered for while it is given away": (roles, "mode_of", generous),
-}
-
-
-@pytest.mark.parametrize("rule", WEAKENED_HANDOFF)
-def test_it_bites_when_a_rule_of_the_handoff_is_weakened(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
-    owner, name, value = WEAKENED_HANDOFF[rule]
-    monkeypatch.setattr(owner, name, value)
-
-    def some() -> None:
-        for seed in range(20):
-            World(random.Random(seed)).worst_handoff()
-
-    with pytest.raises(AssertionError, match=r"^I\d:"):
-        some()
+@pytest.mark.parametrize("name", PLAYS)
+def test_what_shows_a_weakened_rule_shows_nothing_else(name: str) -> None:
+    """The very seeds, up to the tenth."""
+    for seed in range(10):
+        PLAYS[name](random.Random(seed))
 
 
 # --- what a swap may follow from

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ ROWS = [
     ["node"],
     ["demo"],
     ["cli"],
-    ["__main__"],
+    ["__main__", "testing"],  # the simulation is for tests, the project's and a user's: nothing of the product knows it
 ]
 ROW_OF = {module: row for row, modules in enumerate(ROWS) for module in modules}
 # The package itself: what it imports is loaded when it is first used, and all may read `__version__` from it.
@@ -117,6 +118,16 @@ def test_the_package_loads_nothing_of_its_own_at_once() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert own_imports(ast.unparse(ast.Module(body=list(at_once), type_ignores=[]))) == set()
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "testing").glob("*.py")), ids=lambda path: path.name)
+def test_the_simulation_has_no_chance_but_its_seed(path: Path) -> None:
+    """A campaign has processes, and asks for the CPUs; dice are `random.Random(seed)` and nothing else of `random`."""
+    source = path.read_text(encoding="utf-8")
+    allowed = {"random"} | ({"os"} if path.name == "campaign.py" else set())
+    assert {name.split(".")[0] for name in imports(source)} & IMPURE <= allowed
+    assert set(re.findall(r"\brandom\.(\w+)", source)) <= {"Random"} | {"random"}
+    assert not re.search(r"(?<!rng\.)(?<!dice\.)\brandom\.random\(", source)
 
 
 @pytest.mark.parametrize("module", [module for row in PURE_ROWS for module in row])

@@ -106,6 +106,7 @@ class Machine:
             suspect_ns=TIMING.suspect_ns,
             retry_ns=TIMING.interval_ns,
             failback_ns=FAILBACK_NS if self.world.prefer == self.peer else None,
+            preferred=self.world.prefer == self.name,
         )
         self.up = True
         self.disk.failed = False

@@ -193,7 +193,7 @@ class Mirror:
         self.busy = amount != "none"
         for machine in world.machines:
             machine.attached = number
-            machine.inbox.append(LinkUp())
+            machine.inbox.append(LinkUp(machine is self.source))
         world.say(f"data link: {amount} from {source.name}{', a flap' if flap else ''}")
         if amount == "none":
             source.disk.ids = forget_bitmap(source.disk.ids)
@@ -323,7 +323,7 @@ class Mirror:
         if not machine.awake or not machine.valid() or machine.disk.failed:
             return
         alone = machine.attached is None
-        if alone and mode is Mode.ALONE_FIRST:
+        if alone and mode is Mode.ALONE_FIRST and not any(isinstance(one, GenerationBegan) for one in machine.inbox):
             machine.wants_generation = True
         for block, flight in list(machine.flying.items()):
             if alone and mode is Mode.ALONE:
@@ -335,8 +335,10 @@ class Mirror:
 
     def generation(self, machine: Machine) -> None:
         """G2: the new ids are durable before a write completes alone."""
-        if machine.awake and machine.wants_generation:
-            machine.wants_generation = False
+        if not machine.awake or not machine.wants_generation:
+            return
+        machine.wants_generation = False
+        if machine.attached is None:
             machine.disk.ids = began_alone(machine.disk.ids, next(self.world.numbers))
             machine.facts_version += 1
             machine.inbox.append(GenerationBegan())

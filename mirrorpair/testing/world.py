@@ -37,9 +37,8 @@ EVERYDAY = {
     "tick": 10,
     "beat": 16,
     "deliver": 45,
-    "suspect": 1,
     "wire": 8,
-    "link": 8,
+    "link": 16,
     "frame": 30,
     "write": 12,
     "read": 4,
@@ -65,6 +64,7 @@ FAULTS = {
     "sleep": 1,
     "freeze": 0.2,
     "mute": 0.3,
+    "suspect": 4,
     "report": 4,
 }
 RARE = {
@@ -235,8 +235,10 @@ class World:
         machine.work_off()
         self.wire.join()
         self.mirror.join()
+        self.mirror.complete(machine)
         self.mirror.generation(machine)
         machine.work_off()
+        self.mirror.complete(machine)
         machine.look = True
         machine.ask()
         machine.work_off()
@@ -259,7 +261,7 @@ class World:
     def _tick(self, machine: Machine) -> None:
         if not machine.awake or machine.state.wake_ns is None:
             return
-        if self.rng.random() < 0.5 and not machine.pausing:
+        if self.rng.random() < (0.5 if self.faults else 0.05) and not machine.pausing:
             self.now = max(self.now, int((machine.state.wake_ns - 10**12) / machine.rate) + 1)
         machine.step(Tick())
 
