@@ -5,8 +5,8 @@ Rules:
 - F16 Each change of the primary is written down with its time; too many within an hour latch the record.
 - F17 A person's raise gives a record that is not believed the set that this node knows; one that is believed keeps its
   own, which may be newer.
-- An acquisition ends a handoff; a handoff names who was given the role. A14 So does an abdication, which also says whose
-  disk failed, until that one is in sync again.
+- An acquisition ends a handoff; a handoff names who was given the role. A14 So does an abdication, which also says
+  whose disk failed, until that one is in sync again.
 """
 
 from __future__ import annotations

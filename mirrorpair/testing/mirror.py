@@ -193,7 +193,7 @@ class Mirror:
         self.busy = amount != "none"
         for machine in world.machines:
             machine.attached = number
-            machine.inbox.append(LinkUp(machine is self.source))
+            machine.inbox.append(LinkUp(machine is source))
         world.say(f"data link: {amount} from {source.name}{', a flap' if flap else ''}")
         if amount == "none":
             source.disk.ids = forget_bitmap(source.disk.ids)
