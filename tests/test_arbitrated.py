@@ -1,8 +1,8 @@
-"""The roles of an arbitrated pair in the simulation (mirrorpair/testing/): thousands of seeds, every seed that ever
+"""The roles of an arbitrated pair in the simulation (mirrorpair/testing/): many seeds, every seed that ever
 failed, and every rule weakened, which has to be found. And what a swap may follow from.
 
 - A seed is enough to repeat a failure: `python -m mirrorpair.testing --play PLAY --replay SEED`.
-- The length is bounded by steps, not by time; MIRRORPAIR_TEST_SEED moves all seeds (tests/conftest.py).
+- The length is bounded by steps, not by time.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ BOTH = ("alpha", "beta")
 PARTS = 8
 STEPS = 600
 SEEDS = {
-    "storm": 480,
-    "deaths": 240,
-    "rare": 480,
+    "storm": 400,
+    "deaths": 160,
+    "rare": 400,
     "parted": 40,
     "late-reports": 40,
     "late-handoff": 80,
@@ -56,9 +56,10 @@ SEEDS = {
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_invariant_holds_in_thousands_of_runs(part: int, rng: random.Random) -> None:
-    """Those who took over, and what was acknowledged, say that there was something to be lost."""
-    first = rng.randrange(10**9)
+def test_every_invariant_holds_in_more_than_a_thousand_runs(part: int) -> None:
+    """Always the same ones, so that a failure is the change's; new ones are a campaign's. Those who took over, and what
+    was acknowledged, say that there was something to be lost."""
+    first = part * 10**6
     assert set(SEEDS) == set(PLAYS)
     acks: Counter[str] = Counter()
     roles_taken = 0

@@ -169,7 +169,7 @@ class Faults:
         record, newest = world.witness.record, world.witness.newest
         primaries = [one for one in world.machines if one.state.role == "primary"]
         if world.mirror.refused is not None and world.mirror.link is None and len(primaries) == 1:
-            primaries[0].other.disk.discard = True
+            primaries[0].disk.discard, primaries[0].other.disk.discard = False, True
         if record.register.latched:
             world.pause(paused=False)
         if all(world.node[name].boot_lost for name in newest.register.in_sync):
