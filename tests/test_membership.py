@@ -12,12 +12,13 @@ from mirrorpair import roles
 from mirrorpair.address import UnixAddress
 from mirrorpair.arbiter import Incarnation, Register, Versioned
 from mirrorpair.arbiter import Swap as Result
+from mirrorpair.nodecore import Core as NodeCore
 from mirrorpair.nodepeer import PeerSide
 from mirrorpair.noderegister import WitnessSide
 from mirrorpair.pairing import Agreement
 from mirrorpair.peerdata import Stopped
 from mirrorpair.peermessages import Plan, VolumePlan
-from mirrorpair.rolewords import Phase, State, Swap, Swapped, Synced
+from mirrorpair.rolewords import GenerationBegan, Phase, State, Swap, Swapped, Synced
 
 OLD, NEW, OWN = (Incarnation(id=one * 32, n=0) for one in "abc")
 BOTH = ("alpha", "beta")
@@ -193,3 +194,19 @@ def test_a_lone_pair_has_no_such_register() -> None:
     core = make_core(epoch=7, in_sync=("alpha",))
     core.witness = None
     assert prepare(core, "bitmap")[0]
+
+
+def test_a_handshake_that_is_under_way_when_a_generation_begins_comes_to_nothing() -> None:
+    """W9, G2: it has told the ids of before. Whether it began before the new ids were on their way or while they were,
+    what it was begun with has changed since. With a link nothing completes alone, and none begins."""
+    core = make_core()
+    core.link, core.facts_version, core.posted = None, 4, []
+    seen = []
+    core.open = SimpleNamespace(began_alone=lambda _new_id: seen.append(core.facts_version))
+    asyncio.run(NodeCore._begin_generation(core))
+    (while_writing,) = seen
+    assert 4 < while_writing < core.facts_version
+    assert core.posted == [GenerationBegan()]
+    core.link = object()
+    asyncio.run(NodeCore._begin_generation(core))
+    assert len(seen) == len(core.posted) == 1
