@@ -25,6 +25,7 @@ class SilentWitness:
 
     def __init__(self, error: MirrorpairError, reads: int = 0) -> None:
         self.asked = self.swaps = 0
+        self.seen = (1, 3)
         self._error, self._reads = error, reads
 
     async def read(self, **_: object) -> Versioned:
