@@ -247,13 +247,20 @@ def _hand_over(pair: LivePair, load: _Load) -> Sample:
 def _lose(pair: LivePair, load: _Load) -> Sample:
     pair.synced()
     primary, standby = _primary(pair)
+
+    def lose() -> None:
+        """Until the primary goes on alone: answers that were on their way still come before."""
+        standby.signal(signal.SIGSTOP)
+        deadline = time.monotonic() + _LIMIT_S
+        while primary.ask(lambda client: client.status()).serving != "alone":
+            if time.monotonic() > deadline:
+                raise Failed(f"{primary.name} does not go on without {standby.name}: {primary.tail()}")
+            time.sleep(0.02)
+
     try:
-        sample = load.during(lambda: standby.signal(signal.SIGSTOP))
-        if primary.ask(lambda client: client.status()).serving != "alone":
-            raise Failed(f"{primary.name} answers, and not alone, though {standby.name} is stopped")
+        return load.during(lose)
     finally:
         standby.signal(signal.SIGCONT)
-    return sample
 
 
 def rows(group: Group) -> tuple[list[str], list[list[str]]]:

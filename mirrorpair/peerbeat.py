@@ -103,11 +103,10 @@ class Pulse:
     async def run(self, tell: Callable[[str], None]) -> None:
         """Beats until the connection is silent for too long, or full; `tell` is then told why."""
         timing = self._heart.timing
-        interval = timing.interval_ns / 1e9
-        due = clock_boottime_ns()
+        due = wake = clock_boottime_ns()
         while True:
             now = clock_boottime_ns()
-            late = now - due > 2 * timing.interval_ns
+            late = now - wake > 2 * timing.interval_ns
             if not late and self.hearing.suspected(now):
                 age = self.hearing.age_ns(now) or 0
                 tell(f"{self._peer} was silent for {age / 1e9:.2f} s")
@@ -115,9 +114,13 @@ class Pulse:
             if self._writer.transport.get_write_buffer_size() > MAX_UNSENT:
                 tell(f"{self._peer} does not read what it is sent")
                 return
-            self.beat(now)
-            due = now + timing.interval_ns
-            await asyncio.sleep(interval)
+            if now >= due:
+                self.beat(now)
+                due = now + timing.interval_ns
+            # Silence is noticed when it is one, not a beat later: writes wait for that.
+            at = self.hearing.suspect_at_ns
+            wake = due if at is None or at <= now else min(due, at)
+            await asyncio.sleep((wake - now) / 1e9 + 0.0005)
 
     def beat(self, now: int) -> None:
         """One more, ahead of its turn, when it has something new to say."""
