@@ -22,7 +22,7 @@ from mirrorpair.rolewords import Cover, DiskFailed, DiskWell, Phase, Swap
 if TYPE_CHECKING:
     from mirrorpair.rolewords import Event, State
 
-_HOLDING = frozenset({Phase.PAIRED, Phase.WAITING, Phase.SHRINKING})
+_WAITING = frozenset({Phase.WAITING, Phase.SHRINKING})
 
 
 def cover_of(state: State) -> Cover:
@@ -31,8 +31,10 @@ def cover_of(state: State) -> Cover:
         return Cover.NONE
     equal = state.phase is Phase.PAIRED and state.linked and state.equal
     cover = Cover.READS if equal else Cover.NONE
-    # Also before anything failed: the first error must not be told to a client.
-    return cover | Cover.HOLD if state.arbitrated and not state.paused and state.phase in _HOLDING else cover
+    # Also before anything failed: the first error must not be told to a client. While a new link is being made equal
+    # nothing is held: what is held keeps its blocks, the resync would wait for these, and the abdication for the resync.
+    held = equal or state.phase in _WAITING
+    return cover | Cover.HOLD if state.arbitrated and not state.paused and held else cover
 
 
 def disk_failed(state: State, event: Event, _now: int) -> Step:

@@ -170,7 +170,7 @@ def test_a_node_that_stops_gives_nothing_away_for_its_disk() -> None:
     [
         (primary(), Cover.READS | Cover.HOLD),
         (primary(arbitrated=False), Cover.READS),
-        (primary(equal=False), Cover.HOLD),
+        (primary(equal=False), Cover.NONE),
         (primary(phase=Phase.WAITING, linked=False, equal=False), Cover.HOLD),
         (primary(phase=Phase.SHRINKING, linked=False, equal=False), Cover.HOLD),
         (primary(in_sync=("alpha",)), Cover.NONE),
