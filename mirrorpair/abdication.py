@@ -32,7 +32,7 @@ def cover_of(state: State) -> Cover:
     equal = state.phase is Phase.PAIRED and state.linked and state.equal
     cover = Cover.READS if equal else Cover.NONE
     # Also before anything failed: the first error must not be told to a client. While a new link is being made equal
-    # nothing is held: what is held keeps its blocks, the resync would wait for these, and the abdication for the resync.
+    # nothing is held: what is held keeps its blocks, for which the resync would wait, and the abdication for that.
     held = equal or state.phase in _WAITING
     return cover | Cover.HOLD if state.arbitrated and not state.paused and held else cover
 

@@ -38,7 +38,7 @@ from mirrorpair.rolewords import (
 )
 
 if TYPE_CHECKING:
-    from mirrorpair.rolewords import Event, State
+    from mirrorpair.rolewords import Action, Event, State
 
 
 def obstacle(state: State) -> str | None:
@@ -130,7 +130,9 @@ def swapped(state: State, event: Swapped, now: int) -> Step:
     if event.swap.purpose == "abdicate":
         # Its clients are not kept until the peer serves: what hangs here ends for them with the connection.
         ended = change(handed, redirecting=False)
-        return Step(ended, (Forgive(), HangUp(), DropLink("the roles changed")), message)
+        # Who forgot it could overwrite the peer with what this disk lacks: then nothing of that may have been answered.
+        forgiven: tuple[Action, ...] = (Forgive(),) if event.lasting else ()
+        return Step(ended, (*forgiven, HangUp(), DropLink("the roles changed")), message)
     answer = (Answer(0, message),) if answered else ()
     return Step(handed, (*answer, DropLink("the roles changed")), message)
 

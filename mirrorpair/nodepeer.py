@@ -2,7 +2,8 @@
 
 Rules:
 - L0 The two records become one before anything follows from who the peer is.
-- A16 In an arbitrated pair a primary is the source; without one, only who is in the set.
+- A16 In an arbitrated pair a primary is the source; without one, only who is in the set, by a record that was read
+  since its start.
 - W9 A data link belongs to the control connection and to the roles with which its handshake began; when either changed
   meanwhile it is not attached.
 - R1 A request to take over ids is believed only on the data link that it names.
@@ -384,11 +385,22 @@ class PeerSide:
         """Why no data link is wanted now."""
         if self._core.stopping.is_set() or self._core.state.phase is Phase.ACQUIRING:
             return Stop(code=1, kind="retry", message=f"{self._core.name} is not ready for a data link")
+        if self._unread():
+            message = f"{self._core.name} has not read the register since its start, and nobody is primary"
+            return Stop(code=1, kind="retry", message=message)
         left = self._core.slow_until - time.monotonic()
         if left > 0:
             message = f"{self._core.peer.name} was too slow for {self._core.name}: tried again in {left:.0f} s"
             return Stop(code=1, kind="refused", message=message)
         return None
+
+    def _unread(self) -> bool:
+        """A16: without a primary the record says who may be a source, and it may have changed as this node ended, which
+        may have abdicated and not know it."""
+        core, state = self._core, self._core.state
+        if core.witness is None or "primary" in (state.role, state.peer_role):
+            return False
+        return not core.witness.known[1] and core.open.value.register_epoch > 0
 
     def _party(self, sessions: tuple[str, str]) -> Party:
         state = self._core.state

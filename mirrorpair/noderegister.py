@@ -3,7 +3,8 @@
 Rules:
 - A0 After an attempt of which nothing is known the next one follows, on the version then read, until one is ok or the
   record says that it must not be. What is reported before that is "unknown".
-- A14 An abdication touches no disk of this node; who made it is written into the record, until it is in sync again.
+- A14 An abdication waits for this node's disks for a moment only; who made it is written into the record, until that
+  one is in sync again.
 - Who asks for the role while the witness is silent, and has sent nothing, is told after one look: until it is told, a
   node makes no link, and the peer may be back. It looks again by itself.
 - A13 The node file's epoch floor is durable before an acquisition is sent; the role and the epoch are before it counts.
@@ -53,6 +54,7 @@ ATTEMPTS = 5
 PAUSE_S = (0.01, 0.1)
 ALONE_S = 1.0
 IDLE_S = 10.0
+ABDICATION_S = 2.0
 
 log = logging.getLogger("mirrorpair.node")
 
@@ -171,11 +173,14 @@ class WitnessSide:
         register = record.register
         if (register.epoch, record.version) == self.known:
             return
+        first = not self.known[1]
         mine = register.primary == self._core.name and self._core.state.role == "primary"
         await self._learned(record, "primary" if mine else "secondary", settled=self._core.settled)
         self._core.post(
             RecordChanged(register.epoch, register.primary, register.in_sync, register.pause, register.latched)
         )
+        if first:
+            self._core.peer_link.want_data()  # see nodepeer.py
 
     async def _learned(self, record: Versioned, role: RoleName, *, settled: bool) -> None:
         epoch, version = record.register.epoch, record.version
@@ -252,10 +257,15 @@ class WitnessSide:
 
     async def _done(self, action: SwapAction, record: Versioned) -> Swapped:
         if action.purpose == "abdicate":
-            # A14: nothing is waited for that this node's disks would have to do. What is not durable only takes away.
+            # A14: what a disk has to do may hang. What is not durable only takes away; but then nothing was answered.
+            learning = asyncio.ensure_future(self._learned(record, "secondary", settled=self._core.settled))
+            lasting = learning in (await asyncio.wait([learning], timeout=ABDICATION_S))[0]
+            if lasting:
+                await learning
+            else:
+                learning.add_done_callback(lambda late: late.cancelled() or late.exception())
             register = record.register
-            self.look_now()
-            return Swapped(action, True, paused=register.pause, latched=register.latched)
+            return Swapped(action, True, paused=register.pause, latched=register.latched, lasting=lasting)
         acquired = action.purpose in ACQUISITIONS
         role: RoleName = "primary" if record.register.primary == self._core.name else "secondary"
         await self._learned(record, role, settled=acquired or self._core.settled)

@@ -287,6 +287,8 @@ class Swapped(msgspec.Struct, frozen=True):
     code: int = WRONG_ROLE
     paused: bool = False
     latched: bool = False
+    lasting: bool = True
+    """an abdication: this node will know of it, whatever happens to its process now"""
 
 
 class Promote(msgspec.Struct, frozen=True):

@@ -55,6 +55,12 @@ def test_the_role_is_given_at_once_and_nothing_is_drained_or_flushed() -> None:
     assert (roles.mode_of(gone), cover_of(gone)) == (Mode.NONE, Cover.NONE)
 
 
+def test_what_this_node_might_forget_is_not_forgiven() -> None:
+    gone, actions = run(ASKED, Swapped(GIVEN, True, lasting=False))
+    assert kinds(actions) == [HangUp, DropLink]
+    assert gone.role == "secondary"
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 import mirrorpair.testing
-from mirrorpair import handoff, roles
+from mirrorpair import abdication, handoff, roles
 from mirrorpair.proofs import Lives, Proof
 from mirrorpair.rolesteps import Step, change
 from mirrorpair.rolewords import Mode, State, Swap, Swapped
@@ -45,6 +45,7 @@ SEEDS = {
     "rare": 400,
     "parted": 40,
     "late-reports": 40,
+    "bad-disk": 160,
     "late-handoff": 80,
     "late-takeover": 80,
     "late-expand": 80,
@@ -177,6 +178,10 @@ def credulous_proof(self: Lives, died: Iterable[Life]) -> Proof:
     return Proof(True, True, releases=True, gone=False)
 
 
+def keeps_set(purpose: Any, epoch: int, primary: str | None, _in_sync: Any, **more: Any) -> Swap:
+    return Swap(purpose, epoch, primary, None, **more)
+
+
 SWAPPED, SETTLE, MODE_OF = handoff.swapped, handoff.settle, roles.mode_of
 
 
@@ -215,7 +220,8 @@ WEAKENED: dict[str, tuple[str, int, list[Change]]] = {
         5,
         [(Machine, "promises", lambda self, epoch: epoch >= self.state.epoch)],
     ),
-    # "A14 ..." has its place here: an abdication answers before its swap is ok (faults.py, disk_fails)
+    "A14 answers before the peer is primary": ("bad-disk", 100, [(Mirror, "held", lambda *_: False)]),
+    "A14 who abdicates stays in the set": ("bad-disk", 100, [(abdication, "Swap", keeps_set)]),
     "A17 after a flap the standby may not take over": ("flap-then-death", 20, [(Mirror, "flap", lambda *_: False)]),
     "A19 a pause is not looked at": ("storm", 1000, [(machines, "objection", heedless_objection)]),
     "W9 facts that changed during the handshake do not count": ("storm", 1000, [(Mirror, "_facts", lambda _: ())]),

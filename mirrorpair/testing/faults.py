@@ -3,14 +3,14 @@
 Rules:
 - A person forces only what she has fenced, replaces only a node whose peer has everything, and restores the image of
   no other one: what is lost by that is nobody's fault (A3, A8).
-- `disk_fails` is the place of A14: whatever the product is told of a failing disk is told here.
+- A14 A disk that fails is told to the product at once; from then on no write reaches it and no read comes from it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mirrorpair.rolewords import PeerLeft, Promote, Stop
+from mirrorpair.rolewords import DiskFailed, PeerLeft, Promote, Stop
 from mirrorpair.testing.words import TIMING
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Faults:
         self.crash(machine)
         machine.disk.lose_boot(self.world.rng)
         machine.boot_lost = True
+        machine.boots += 1
         self.world.say(f"{machine.name} lost its boot")
 
     def freeze(self, machine: Machine, for_ns: int) -> None:
@@ -96,6 +97,7 @@ class Faults:
         """EIO from now on, in this run of the daemon."""
         if machine.up and not machine.disk.failed:
             machine.disk.failed = True
+            machine.inbox.append(DiskFailed("EIO"))
             self.world.say(f"the disk of {machine.name} fails")
 
     def _spare(self, machine: Machine) -> bool:

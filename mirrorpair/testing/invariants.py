@@ -66,6 +66,23 @@ class Invariants:
         self.reads += 1
         self.seen[block] = max(self.seen[block], machine.disk.now[block])
 
+    def read_there(self, machine: Machine, block: int) -> None:
+        """By the peer, for a node whose disk has failed (A14)."""
+        if machine.other.disk.now[block] < self.seen[block]:
+            raise BrokenError("I1", f"{machine.name} reads of {machine.peer} what is older than what was acknowledged")
+        self.read(machine.other, block)
+
+    def forgiven(self, machine: Machine, block: int, value: int, *, rebooted: bool) -> None:
+        """A14: an answer to a write of its epoch, that only the peer has. `rebooted`: the peer's host has lost power
+        since: then it is as any write that the only member had not flushed."""
+        if machine.other.disk.now[block] < value:
+            if rebooted:
+                return
+            raise BrokenError("I1", f"{machine.name} answers a write that {machine.peer} does not have")
+        self.acks += 1
+        self.acked[block] = max(self.acked[block], value)
+        self.seen[block] = max(self.seen[block], value)
+
     def flushed(self) -> None:
         self.safe = list(self.acked)
         self.members()

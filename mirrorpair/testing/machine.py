@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from mirrorpair import roles
+from mirrorpair.abdication import cover_of
 from mirrorpair.arbiter import Incarnation, Versioned
 from mirrorpair.liveness import Beats, Hearing, Promises
 from mirrorpair.proofs import Life, Lives
 from mirrorpair.rolewords import (
     ACQUISITIONS,
+    Cover,
     Drain,
     Drained,
     DropLink,
     Event,
+    Forgive,
     HangUp,
     LinkLost,
     Mode,
@@ -55,6 +58,8 @@ class Machine:
         self.rate = 1.0 + world.rng.uniform(-RHO, RHO) / 2
         self.up = False
         self.frozen_until = 0
+        self.boots = 0
+        """how often its host lost power"""
         self.anew()
         self.start()
 
@@ -95,7 +100,14 @@ class Machine:
     def serving(self) -> bool:
         """Clients are there, and are read."""
         state = self.state
-        return state.role == "primary" and not (self.paused_clients or state.draining or self.disk.failed)
+        if state.role != "primary" or self.paused_clients or state.draining:
+            return False
+        return not self.disk.failed or Cover.HOLD in self.cover
+
+    @property
+    def cover(self) -> Cover:
+        """A14."""
+        return cover_of(self.state)
 
     def start(self) -> None:
         self.state = State(
@@ -170,8 +182,12 @@ class Machine:
         after = step.state
         if step.actions or _facts(before) != _facts(after):
             self.facts_version += 1
+        if any(isinstance(action, Forgive) for action in step.actions):
+            self.world.mirror.forgive(self)
         if before.role != after.role:
             self.role_changed()
+        if Cover.HOLD not in self.cover and roles.mode_of(after) is not Mode.NONE:
+            self.flying = {block: one for block, one in self.flying.items() if not one.lost}  # their clients are told
         for action in step.actions:
             if isinstance(action, Swap):
                 self.attempts.append(Attempt(action, self.equal_in, self.equal))
@@ -197,7 +213,10 @@ class Machine:
         if self.attached is not None:
             self.attached = None
             self.disk.parted()
-            self.flying = {block: Flight(flight.value) for block, flight in self.flying.items()}
+            self.flying = {
+                block: one if one.lost and one.there else one._replace(there=False)
+                for block, one in self.flying.items()
+            }
 
     def work_off(self) -> None:
         while self.inbox:
@@ -230,9 +249,12 @@ class Machine:
             return self.world.mirror.carries(self)
         return mode is Mode.ALONE
 
+    def granted(self) -> bool:
+        return self.awake and roles.mode_of(self.state) is not Mode.NONE and self.valid()
+
     def serves_reads(self) -> bool:
-        granted = roles.mode_of(self.state) is not Mode.NONE and self.valid()
-        return granted and self.awake and not self.disk.failed
+        """From its own disk."""
+        return self.granted() and not self.disk.failed
 
     def promises(self, epoch: int) -> bool:
         """To a primary of this epoch (A13; nodepeer.py)."""
@@ -299,7 +321,8 @@ class Machine:
             attempt.unknown = attempt.unknown and record.version <= attempt.tried
             self.end(False, reason)
             return
-        self.floor = max(self.floor, action.epoch)
+        if action.purpose != "abdicate":  # A14
+            self.floor = max(self.floor, action.epoch)
         self._send(attempt, record)
 
     def _prevented(self, attempt: Attempt, *, reached: bool) -> str | None:
@@ -310,7 +333,9 @@ class Machine:
             if (obstacle := self.obstacle) is not None:
                 return obstacle
             self.disk.flush()  # W8
-        if action.purpose in ("expand", "handoff") and (self.session is None or self.session != attempt.session):
+        if action.purpose in ("expand", "handoff", "abdicate") and (
+            self.session is None or self.session != attempt.session
+        ):
             return f"{self.peer} is not connected any more"
         if attempt.tries > self.world.attempts or not reached or (acquires and self.stopping):
             return UNREACHED
@@ -338,7 +363,7 @@ class Machine:
         attempt.tried = record.version
         if action.purpose in ("promote", "readopt") or (action.purpose == "handoff" and not action.unasked):
             world.asked.add(nonce)
-        if action.unasked:
+        if action.unasked and action.purpose != "abdicate":
             world.unasked.add(nonce)
         if action.overrides and action.purpose == "promote":
             world.overriding.add(nonce)
@@ -365,7 +390,7 @@ class Machine:
             self.learn(Versioned(version=record.version + 1, register=new))
             if action.purpose in ACQUISITIONS:
                 self.was_primary, self.boot_lost = True, False
-            elif action.purpose in ("release", "handoff") and self.settled:
+            elif action.purpose in ("release", "handoff", "abdicate") and self.settled:
                 self.was_primary = False
             attempt.pause, attempt.latched = new.pause, new.latched
             attempt.action = msgspec.structs.replace(action, in_sync=new.in_sync)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mirrorpair import roles
 from mirrorpair.history import Side, adopt, began_alone, decide, first, forget_bitmap
 from mirrorpair.pairing import Agreement, agree
-from mirrorpair.rolewords import CaughtUp, GenerationBegan, LinkLost, LinkUp, Mode, Phase, Synced
+from mirrorpair.rolewords import CaughtUp, Cover, GenerationBegan, LinkLost, LinkUp, Mode, Phase, Synced
 from mirrorpair.testing.words import BLOCKS, NODES, Flight, Frame
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Mirror:
         self.refused: str | None = None
         """why the last handshake came to nothing that time would mend"""
         self.resyncs = self.refusals = 0
+        self.boots = 0
+        """of the target, when the link began"""
         self._numbers = itertools.count(1)
         self._meeting: tuple[Machine, str, bool, tuple[object, ...]] | None = None
         """a handshake that has begun: what it came to, and from what"""
@@ -139,7 +141,16 @@ class Mirror:
             return False
         if len({one.state.epoch for one in machines}) > 1 or any(one.attached is not None for one in machines):
             return False
-        return not any(one.state.phase is Phase.ACQUIRING for one in machines)
+        if any(one.state.phase is Phase.ACQUIRING for one in machines):
+            return False
+        return not any(self.unread(one) for one in machines)
+
+    @staticmethod
+    def unread(machine: Machine) -> bool:
+        """A16 (nodepeer.py)."""
+        state = machine.state
+        primary = "primary" in (state.role, state.peer_role)
+        return not primary and not machine.version[1] and machine.seen[0] > 0
 
     def _meet(self) -> tuple[Machine, str, bool, tuple[object, ...]] | None:
         for machine in self.world.machines:
@@ -178,6 +189,11 @@ class Mirror:
     def begin(self, source: Machine, amount: str, *, flap: bool) -> None:
         """Both ends attach; the source sends what differs, and what is in flight once more."""
         world, target = self.world, source.other
+        if any(one.lost for one in source.flying.values()):
+            if roles.mode_of(source.state) is Mode.NONE:
+                return  # those blocks are held, and the resync waits for them
+            source.flying = {block: one for block, one in source.flying.items() if not one.lost}
+        self.boots = target.boots
         number = next(self._numbers)
         if source.disk.new and target.disk.new:
             source.disk.ids = target.disk.ids = first(next(world.numbers))
@@ -245,7 +261,7 @@ class Mirror:
                 frames.popleft()
                 return
         frame = frames.popleft()
-        if self.accepts(machine, frame) and not machine.disk.failed:
+        if self.accepts(machine, frame) and (frame.kind == "ack" or not machine.disk.failed):
             self.take(machine, frame)
 
     def take(self, machine: Machine, frame: Frame) -> None:
@@ -294,7 +310,7 @@ class Mirror:
             if not machine.awake or machine.attached != link.number:
                 return False
             frame = self.frames[machine.name].popleft()
-            if self.accepts(machine, frame) and not machine.disk.failed:
+            if self.accepts(machine, frame) and (frame.kind == "ack" or not machine.disk.failed):
                 self.take(machine, frame)
         return False
 
@@ -303,14 +319,17 @@ class Mirror:
     def write(self) -> None:
         world = self.world
         for machine in world.machines:
-            if not machine.awake or not machine.serving or not machine.serves_reads():
+            if not machine.serving or not machine.granted():
                 continue
             block = world.rng.randrange(BLOCKS)
             if block in machine.flying:
                 continue  # A6: it waits
             value = next(world.numbers)
-            machine.disk.write(block, value)
-            machine.flying[block] = Flight(value)
+            if machine.disk.failed:
+                machine.disk.bits.add(block)
+            else:
+                machine.disk.write(block, value)
+            machine.flying[block] = Flight(value, lost=machine.disk.failed)
             if self.link is not None and self.link.number == machine.attached:
                 self.send(machine.other, "write", block, value)
             self.complete(machine)
@@ -320,18 +339,30 @@ class Mirror:
         mode = roles.mode_of(machine.state)
         if mode is Mode.NONE or not machine.flying:
             return
-        if not machine.awake or not machine.valid() or machine.disk.failed:
+        if not machine.awake or not machine.valid():
             return
         alone = machine.attached is None
         if alone and mode is Mode.ALONE_FIRST and not any(isinstance(one, GenerationBegan) for one in machine.inbox):
             machine.wants_generation = True
         for block, flight in list(machine.flying.items()):
+            if self.held(flight):
+                continue
             if alone and mode is Mode.ALONE:
                 machine.disk.bits.add(block)
             elif alone or not flight.there:
                 continue
             del machine.flying[block]
             self.world.checks.acknowledged(machine, block, flight.value)
+
+    def held(self, flight: Flight) -> bool:
+        """A14: until the peer is primary, or nobody can make it so."""
+        return flight.lost
+
+    def forgive(self, machine: Machine) -> None:
+        """A14: it is."""
+        for block, flight in machine.flying.items():
+            if flight.lost and flight.there:
+                self.world.checks.forgiven(machine, block, flight.value, rebooted=machine.other.boots != self.boots)
 
     def generation(self, machine: Machine) -> None:
         """G2: the new ids are durable before a write completes alone."""
@@ -346,8 +377,12 @@ class Mirror:
     def read(self) -> None:
         for machine in self.world.machines:
             block = self.world.rng.randrange(BLOCKS)
-            if machine.serves_reads() and machine.serving and self.readable(machine, block):
+            if not machine.serving or not machine.granted() or not self.readable(machine, block):
+                continue
+            if not machine.disk.failed:
                 self.world.checks.read(machine, block)
+            elif Cover.READS in machine.cover and self.carries(machine) and not machine.other.disk.failed:
+                self.world.checks.read_there(machine, block)
 
     def readable(self, machine: Machine, block: int) -> bool:
         """A6."""

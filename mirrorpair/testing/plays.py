@@ -76,6 +76,20 @@ def late_reports(dice: random.Random, steps: int = STEPS) -> World:
     return world
 
 
+def bad_disk(dice: random.Random, steps: int = STEPS) -> World:
+    """A14: when all is well the primary's disk fails, in a storm; later it is another one."""
+    world = World(dice, sentinels=dice.random() < 0.5)
+    for _ in range(max(1, steps // 300)):
+        old = world.ready()
+        world.faults = True
+        for _ in range(dice.randrange(4)):
+            world.mirror.write()
+        world.fault.disk_fails(old)
+        world.run(250)
+    world.heal()
+    return world
+
+
 # --- the worst moments
 
 
@@ -257,7 +271,18 @@ def blank_then_death(dice: random.Random) -> World:
     return world
 
 
-ONE_FAULT = ("kill", "silent kill", "power", "cut off", "freeze", "standby dies", "link cut", "witness away", "loss")
+ONE_FAULT = (
+    "kill",
+    "silent kill",
+    "power",
+    "cut off",
+    "freeze",
+    "standby dies",
+    "link cut",
+    "witness away",
+    "loss",
+    "disk",
+)
 
 
 def one_fault(dice: random.Random) -> World:
@@ -292,6 +317,9 @@ def one_fault(dice: random.Random) -> World:
         world.wire.cut("cut")
         world.wire.broken_until = far
         limit = 2 * TIMING.suspect_ns
+    elif fault == "disk":
+        world.fault.disk_fails(old)
+        limit = TIMING.suspect_ns + SLACK_NS  # who is there without a disk is waited for by writes, not by reads
     elif fault == "loss":
         world.wire.mute[old.name] = True
         limit = 2 * TIMING.suspect_ns + SLACK_NS
@@ -301,7 +329,7 @@ def one_fault(dice: random.Random) -> World:
     world.say(f"the one fault: {fault}")
     before = world.checks.acks
     world.fair(lambda: world.checks.acks > before, limit)
-    if fault in ("silent kill", "power", "cut off", "freeze", "kill"):
+    if fault in ("silent kill", "power", "cut off", "freeze", "kill", "disk"):
         serving = world.primary() if fault != "freeze" and fault != "cut off" else old.other
         if serving is None or serving.name != old.peer:
             raise BrokenError("I8", f"after {fault} the standby does not serve")
@@ -316,6 +344,7 @@ PLAYS: dict[str, Callable[[random.Random], World]] = {
     "rare": rare,
     "parted": parted,
     "late-reports": late_reports,
+    "bad-disk": bad_disk,
     "late-handoff": late_handoff,
     "late-takeover": late_takeover,
     "late-expand": late_expand,
@@ -331,6 +360,7 @@ SCALED: dict[str, Callable[[random.Random, int], World]] = {
     "rare": rare,
     "parted": parted,
     "late-reports": late_reports,
+    "bad-disk": bad_disk,
 }
 """those that have a length"""
 

@@ -64,10 +64,12 @@ class Frame(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """A write that a client waits for. `there`: the peer has answered for it in this link."""
+    """A write that a client waits for. `there`: the peer has answered for it in this link. `lost`: this node's disk has
+    failed at it (A14)."""
 
     value: int
     there: bool = False
+    lost: bool = False
 
 
 class Attempt:
