@@ -71,7 +71,11 @@ def make_core(**state: Any) -> Any:
         open=SimpleNamespace(
             value=file, learned=lambda **_: None, raise_epoch_floor=lambda _: None, met=lambda _: None, volumes=[]
         ),
-        peer_link=SimpleNamespace(control=None, heart=SimpleNamespace(promises=SimpleNamespace(bound=lambda _: False))),
+        peer_link=SimpleNamespace(
+            control=None,
+            heart=SimpleNamespace(promises=SimpleNamespace(bound=lambda _: False)),
+            want_data=lambda: None,
+        ),
         state=State(me="alpha", peer="beta", survivor="primary", arbitrated=True, suspect_ns=1, retry_ns=1, **state),
         settled=True,
         equal_in=None,
