@@ -173,7 +173,10 @@ void mp_cover_link_lost(mp_engine *engine)
         } else if (!r->apply && r->holds && r->elsewhere) {
             r->on_wire = false;
             let_go(r);
-            mp_request_wait(r); /* to be read there, or here, when somebody looks */
+            if (mp_client_gone(r))
+                mp_client_lost(r); /* nobody may ever look again */
+            else
+                mp_request_wait(r); /* to be read there, or here, when somebody looks */
         }
     }
 }

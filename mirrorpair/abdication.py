@@ -39,7 +39,10 @@ def cover_of(state: State) -> Cover:
 
 def disk_failed(state: State, event: Event, _now: int) -> Step:
     assert isinstance(event, DiskFailed)
-    return stay(change(state, ailing=event.why), f"{state.me}'s disk: {event.why}")
+    ailing = change(state, ailing=event.why)
+    if state.handing == "pausing":  # what it waits for may never end
+        return handoff.give_up(ailing, f"its disk failed: {event.why}")
+    return stay(ailing, f"{state.me}'s disk: {event.why}")
 
 
 def disk_well(state: State, event: Event, _now: int) -> Step:

@@ -83,14 +83,14 @@ def quiet(state: State, event: Event, _now: int) -> Step:
     if state.handing != "pausing":
         return stay(state)
     if event.failure:
-        return _give_up(state, event.failure)
+        return give_up(state, event.failure)
     epoch = max(state.epoch, state.peer_epoch) + 1
     swap = Swap("handoff", epoch, state.peer, None, needs_peer=True, unasked=not state.answering)
     handing = change(state, handing="asked", deadline_ns=None)
     return Step(handing, (swap,), f"no write is in hand and all is durable on both: {state.peer} gets epoch {epoch}")
 
 
-def _give_up(state: State, why: str) -> Step:
+def give_up(state: State, why: str) -> Step:
     """Before the swap was sent: nothing has changed."""
     message = f"{state.me} stays primary: {why}"
     answer = (Answer(FAILED, message),) if state.answering else ()
@@ -146,7 +146,7 @@ def paired_tick(state: State, event: Event, now: int) -> Step:
     if state.deadline_ns is None or now < state.deadline_ns:
         return stay(state)
     if state.handing == "pausing":
-        return _give_up(state, f"its clients or {state.peer} took longer than {state.handoff_ns / 1e9:g} s")
+        return give_up(state, f"its clients or {state.peer} took longer than {state.handoff_ns / 1e9:g} s")
     if state.handing == "unknown":
         swap = Swap("hold", state.epoch, state.me, None)
         return Step(change(state, deadline_ns=None), (swap,), f"{state.me} asks whether it is still primary")
@@ -164,7 +164,7 @@ def settle(before: State, done: Step, now: int) -> Step:
     """After every step: what follows for the clients, whatever led here, and since when the pair is steady."""
     state, actions, sentence = done
     if state.handing == "pausing" and (state.phase is not Phase.PAIRED or state.stopping or state.peer_left):
-        gave_up = _give_up(state, sentence)
+        gave_up = give_up(state, sentence)
         # The deadline is that of the new phase.
         state, sentence = change(gave_up.state, deadline_ns=state.deadline_ns), gave_up.sentence
         actions = (*actions, *gave_up.actions)

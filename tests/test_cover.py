@@ -139,6 +139,20 @@ def test_f9_a_read_that_waits_for_a_link_ends_when_there_is_nobody_to_wait_for(p
     assert pair.client.wait(read)[0] == EIO
 
 
+def test_f9_a_read_of_a_client_that_left_ends_with_the_link(pair: Pair) -> None:
+    pair.break_disk()
+    peer = hostile(pair.a, source=True)
+    pair.client.start(READ, 4096, 4096)
+    pair.client.start(READ, 0, MIB)
+    peer.expect(frames.READ)
+    pair.a.grant(_core.GRANT_NONE)
+    pair.a.engine.close_clients(graceful=False)
+    settled(pair.a)
+    pair.a.engine.detach_link()
+    pair.a.wait("clients-closed")
+    assert pair.a.engine.volume_status(0).clients == 0
+
+
 # --- writes that this disk lacks
 
 
