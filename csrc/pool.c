@@ -3,10 +3,9 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
-#include "loop.h"
-
 #include <signal.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct mp_pool_thread {
@@ -15,6 +14,14 @@ typedef struct mp_pool_thread {
     void *worker;
     _Atomic uint64_t since_ns; /* when its job began; 0: it has none */
 } mp_pool_thread;
+
+/* mp_now_ns of loop.h: the pool stands below it. */
+static uint64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
 
 static void put(mp_queue *queue, mp_job *job)
 {
@@ -45,7 +52,7 @@ static void *work(void *argument)
             continue;
         }
         pthread_mutex_unlock(&pool->lock);
-        atomic_store_explicit(&self->since_ns, mp_now_ns(), memory_order_relaxed);
+        atomic_store_explicit(&self->since_ns, now(), memory_order_relaxed);
         job->run(job, self->worker);
         atomic_store_explicit(&self->since_ns, 0, memory_order_relaxed);
         pthread_mutex_lock(&pool->lock);
