@@ -1,4 +1,4 @@
-"""An arbitrated pair's decisions, taken one by one: what tests of them start from."""
+"""Decisions about the roles, taken one by one: what tests of them start from."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def primary(**changes: Any) -> State:
 
 
 def run(at: State, *events: Event, now: int = 0) -> tuple[State, list[Any]]:
+    """The state after the events, and all actions."""
     actions: list[Any] = []
     for event in events:
         step = roles.step(at, event, now)

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from roleside import run
 
 from mirrorpair import roles, rolewords
 from mirrorpair.rolewords import (
@@ -85,17 +86,6 @@ def started(**changes: Any) -> Started:
 def promote(**changes: Any) -> Promote:
     plain: dict[str, Any] = {"accept_data_loss": False, "force": False, "obstacle": None, "bound_until_ns": 0}
     return Promote(**{**plain, **changes})
-
-
-def run(at: State, *events: Event, now: int = 0) -> tuple[State, list[Any]]:
-    """The state after the events, and all actions."""
-    actions: list[Any] = []
-    for event in events:
-        step = roles.step(at, event, now)
-        assert step.sentence
-        at = step.state
-        actions += step.actions
-    return at, actions
 
 
 def swap_of(actions: list[Any]) -> Swap:
